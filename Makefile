@@ -6,8 +6,8 @@ BIN := .venv/bin
 RUN := $(BIN)/python tests/run.py
 PARTS := lint docs unit simulator sanity scenarios integration
 
-# .venv is made anew when the requirements change, or when another PYTHON is asked for.
-KEY := $(shell cat requirements.txt requirements-dev.txt constraints.txt | cksum | tr ' ' -)
+# .venv is made anew when the requirements or its place change, or when another PYTHON is asked for.
+KEY := $(shell { pwd; cat requirements.txt requirements-dev.txt constraints.txt; } | cksum | tr ' ' -)
 READY := .venv/.ready-$(KEY)
 READY_DEV := .venv/.ready-dev-$(KEY)
 ifdef PYTHON
@@ -66,6 +66,10 @@ bench: $(READY_DEV) ## measure a sweep
 .PHONY: build
 build: $(READY) ## build the collection into build/
 	@$(BIN)/ansible-galaxy collection build --force --output-path build
+
+.PHONY: changelog
+changelog: $(READY_DEV) ## write CHANGELOG.rst from changelogs/fragments/
+	@PATH="$(CURDIR)/$(BIN):$$PATH" antsibull-changelog release --update-existing
 
 .PHONY: clean
 clean: ## remove everything the targets made

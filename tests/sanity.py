@@ -34,7 +34,7 @@ def prepare_home() -> None:
     lines = [f"{name} = {value}" for name, value in re.findall(r"^(?:global|:env:)\.([\w-]+)='(.*)'$", settings, re.M)]
     config = HOME / ".config/pip/pip.conf"
     config.parent.mkdir(parents=True, exist_ok=True)
-    config.write_text("\n".join(["[global]", *dict.fromkeys(lines)]) + "\n")
+    config.write_text("\n".join(["[global]", *dict.fromkeys(lines), "quiet = 2"]) + "\n")
 
 
 def search_path() -> str:
@@ -46,15 +46,18 @@ def search_path() -> str:
 
 def main() -> int:
     prepare_home()
-    env = {**os.environ, "HOME": str(HOME), "PATH": search_path(), "ANSIBLE_CONFIG": os.devnull}
     with tempfile.TemporaryDirectory(prefix="reaper-sanity-") as tmp:
-        galaxy = [BIN / "ansible-galaxy", "collection"]
-        subprocess.run([*galaxy, "build", "--output-path", tmp, ROOT], env=env, check=True, stdout=subprocess.DEVNULL)
-        (artifact,) = Path(tmp).glob("*.tar.gz")
-        install = [*galaxy, "install", "--offline", "--collections-path", tmp, artifact]
-        subprocess.run(install, env=env, check=True, stdout=subprocess.DEVNULL)
-        collection = Path(tmp) / "ansible_collections/microvm/reaper"
+        env = {**os.environ, "HOME": str(HOME), "PATH": search_path(), "ANSIBLE_COLLECTIONS_PATH": tmp}
+        env.pop("ANSIBLE_CONFIG", None)
+
+        def galaxy(*args: str) -> None:
+            command = [BIN / "ansible-galaxy", "collection", *args]
+            subprocess.run(command, cwd=tmp, env=env, check=True, stdout=subprocess.DEVNULL)
+
+        galaxy("build", str(ROOT))
+        galaxy("install", "--offline", *map(str, Path(tmp).glob("*.tar.gz")))
         sanity = [BIN / "ansible-test", "sanity", "--python", "default", "--color", "no", *sys.argv[1:]]
+        collection = Path(tmp) / "ansible_collections/microvm/reaper"
         return subprocess.run(sanity, cwd=collection, env=env, check=False).returncode
 
 

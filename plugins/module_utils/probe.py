@@ -46,6 +46,7 @@ class Host:
 
     def __init__(self, deadline):
         self.deadline = deadline
+        self.started = boottime()
         self.boot_id = read_text("/proc/sys/kernel/random/boot_id").strip()
 
     def remaining(self):
@@ -113,6 +114,7 @@ class Worker:
     def __init__(self, function):
         requests, self._send = os.pipe()
         self._receive, answers = os.pipe()
+        self.is_gone = False
         self.pid = os.fork()
         if self.pid == 0:
             _serve(function, requests, answers)
@@ -152,6 +154,7 @@ class Worker:
 
     def abandon(self):
         """Kill the child, with all it started that stayed in its session, and do not wait for it."""
+        self.is_gone = True
         _kill(self.pid)
         os.close(self._send)
         os.close(self._receive)

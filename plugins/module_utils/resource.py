@@ -24,6 +24,7 @@ ALREADY_GONE = "already_gone"
 DEFERRED = "deferred"
 IDENTITY_CHANGED = "identity_changed"
 FAILED = "failed"
+WOULD_REAP = "would_reap"
 
 
 class RuleError(ValueError):

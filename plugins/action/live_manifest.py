@@ -1,0 +1,97 @@
+# Copyright: The microvm.reaper authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""The controller's side of microvm.reaper.live_manifest."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+from ansible import constants as C
+from ansible.inventory.manager import InventoryManager
+from ansible.plugins.action import ActionBase
+from ansible.template import Templar
+from ansible.vars.manager import VariableManager
+
+from ansible_collections.microvm.reaper.plugins.plugin_utils import manifest, sources
+
+
+class Inventory:
+    """The inventory, read again now; ``groups`` maps names to host names.
+
+    Hosts that the play has and the sources have not (add_host) are kept: they can only add life.
+    """
+
+    def __init__(self, loader, task_vars):
+        self._manager = InventoryManager(loader=loader, sources=task_vars["ansible_inventory_sources"], parse=False)
+        self._manager.parse_sources(cache=False)
+        self._variables = VariableManager(loader=loader, inventory=self._manager)
+        self._loader = loader
+        self._play_hostvars = task_vars["hostvars"]
+        self.groups = self._manager.get_groups_dict()
+        for group, hosts in task_vars["groups"].items():
+            self.groups[group] = self.groups.get(group, []) + sorted(set(hosts) - set(self.groups.get(group, [])))
+
+    def variables(self, name):
+        """Return the variables of a host of the inventory; those that hold a template are rendered."""
+        host = self._manager.get_host(name)
+        if host is None:
+            return dict(self._play_hostvars.raw_get(name))
+        found = self._variables.get_vars(host=host, include_hostvars=False)
+        return _Rendered(found, Templar(loader=self._loader, variables=found))
+
+
+class _Rendered(dict):
+    def __init__(self, variables, templar):
+        super().__init__(variables)
+        self._templar = templar
+
+    def get(self, key, default=None):
+        """Return a variable; rendering is costly, so it is for those that hold a template."""
+        value = super().get(key, default)
+        return self._templar.template(value) if "{{" in str(value) else value
+
+
+class ActionModule(ActionBase):
+    """Fetch the live sources, prove them, keep them in a local file; return the small handle of it."""
+
+    TRANSFERS_FILES = False
+    _requires_connection = False
+
+    def run(self, tmp=None, task_vars=None):
+        """Fetch once for the whole batch."""
+        result = super().run(tmp, task_vars)
+        _validation, arguments = self.validate_argument_spec(
+            {
+                "realm": {"type": "str", "required": True},
+                "sources": {"type": "list", "elements": "dict", "required": True},
+                "max_age": {"type": "float", "default": 600},
+                "terminal_states": {"type": "list", "elements": "str", "default": list(manifest.TERMINAL_STATES)},
+            }
+        )
+        context = {
+            "realm": arguments["realm"],
+            "now": manifest.now(),
+            "directory": task_vars.get("playbook_dir") or os.getcwd(),
+            "inventory": lambda: Inventory(self._loader, task_vars),
+        }
+        try:
+            fetched = sources.fetch(
+                arguments["sources"],
+                context,
+                max_age=arguments["max_age"],
+                terminal_states=arguments["terminal_states"],
+            )
+            if fetched["realm"] != arguments["realm"]:
+                raise manifest.ManifestError(
+                    "other_realm",
+                    "%s speaks for realm %r, the sweep is for %r"
+                    % (fetched["source"], fetched["realm"], arguments["realm"]),
+                )
+        except manifest.ManifestError as err:
+            result.update(failed=True, msg="live source refused (%s): %s" % (err.code, err), code=err.code)
+            return result
+        directory = tempfile.mkdtemp(prefix="live-", dir=C.DEFAULT_LOCAL_TMP)
+        handle = manifest.handle(fetched, os.path.join(directory, "manifest.sqlite"))
+        result.update(changed=False, manifest=handle, warnings=["live source skipped: " + s for s in fetched["skipped"]])
+        return result

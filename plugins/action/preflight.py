@@ -1,0 +1,105 @@
+# Copyright: The microvm.reaper authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""The controller's side of microvm.reaper.preflight."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import yaml
+from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
+from ansible.plugins.action import ActionBase
+
+from ansible_collections.microvm.reaper.plugins.plugin_utils import sources
+from ansible_collections.microvm.reaper.plugins.plugin_utils.manifest import ManifestError
+from ansible_collections.microvm.reaper.plugins.plugin_utils.planner import PolicyError, complete_policy
+from ansible_collections.microvm.reaper.plugins.plugin_utils.presets import PresetError, rules
+
+SPEC = os.path.join(os.path.dirname(__file__), "..", "..", "roles", "reap", "meta", "argument_specs.yml")
+PREFIX = "reap_"
+
+
+class ActionModule(ActionBase):
+    """Check the variables of all hosts of the batch at once, before any of them is touched."""
+
+    TRANSFERS_FILES = False
+    _requires_connection = False
+
+    def run(self, tmp=None, task_vars=None):
+        """Name every variable that is unknown, of a wrong type or impossible."""
+        result = super().run(tmp, task_vars)
+        with open(SPEC, encoding="utf-8") as stream:
+            spec = yaml.safe_load(stream)["argument_specs"]["main"]["options"]
+        problems, known_good = {}, set()
+        for host, variables in self._variables_by_host(task_vars):
+            key = json.dumps(variables, sort_keys=True, default=str)
+            if key not in known_good:
+                found = check(variables, spec)
+                known_good.update([] if found else [key])
+                for problem in found:
+                    problems.setdefault(problem, []).append(host)
+        if problems:
+            said = ["%s (%s)" % (problem, _hosts(hosts)) for problem, hosts in problems.items()]
+            result.update(failed=True, msg="nothing was done: " + "; ".join(said), problems=list(problems))
+        return result
+
+    def _variables_by_host(self, task_vars):
+        """Yield each host of the batch with its ``reap_`` variables: its own, and those of play, role and command line."""
+        hostvars = task_vars["hostvars"]
+        own = hostvars.raw_get(task_vars["inventory_hostname"])
+        common = {
+            name: self._templar.template(value)
+            for name, value in task_vars.items()
+            if name.startswith(PREFIX) and name not in own
+        }
+        for host in task_vars["ansible_play_batch"]:
+            raw = hostvars.raw_get(host)
+            mine = {
+                name: hostvars[host][name] if "{{" in str(value) else value
+                for name, value in raw.items()
+                if name.startswith(PREFIX)
+            }
+            yield host, dict(common, **mine)
+
+
+def check(variables, spec):
+    """Return what is wrong with one host's variables, each problem a sentence that names the variable."""
+    problems = ["unknown variable %s" % name for name in sorted(set(variables) - set(spec))]
+    given = {name: value for name, value in variables.items() if name in spec}
+    validated = ArgumentSpecValidator(spec).validate(given)
+    problems += validated.error_messages
+    if problems:
+        return problems
+    return _impossible(validated.validated_parameters)
+
+
+def _impossible(parameters):
+    """Return what the types allow and the meaning does not."""
+    problems = []
+    try:
+        rules(parameters["reap_presets"], kinds=parameters["reap_kinds"])
+        if not parameters["reap_presets"]:
+            problems.append("reap_presets is empty: nothing would be looked at")
+    except PresetError as err:
+        problems.append(str(err))
+    try:
+        sources.configured(parameters["reap_live_sources"])
+    except ManifestError as err:
+        problems.append(str(err))
+    policy = ("strikes", "strike_interval", "min_age", "running", "zombies", "keep", "expect_empty")
+    caps = ("max_per_host", "max_percent_per_host", "max_shrink_percent", "percent_floor")
+    try:
+        complete_policy(
+            dict({name: parameters[PREFIX + name] for name in policy + caps}, realm=parameters["reap_realm"], host="host")
+        )
+    except PolicyError as err:
+        problems.append(str(err))
+    for name in ("reap_deadline", "reap_manifest_max_age"):
+        if parameters[name] <= 0:
+            problems.append("%s must be more than 0, not %r" % (name, parameters[name]))
+    return problems
+
+
+def _hosts(hosts):
+    return hosts[0] if len(hosts) == 1 else "%s and %d more hosts" % (hosts[0], len(hosts) - 1)

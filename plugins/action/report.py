@@ -1,0 +1,106 @@
+# Copyright: The microvm.reaper authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""The controller's side of microvm.reaper.report."""
+
+from __future__ import annotations
+
+import json
+import os
+
+from ansible import constants as C
+from ansible.plugins.action import ActionBase
+from ansible.utils.display import Display
+
+from ansible_collections.microvm.reaper.plugins.plugin_utils import report
+from ansible_collections.microvm.reaper.plugins.plugin_utils.facts import FactsError, unpacked
+
+
+class ActionModule(ActionBase):
+    """Print what came of the sweep on all hosts of the batch, and write it as JSON."""
+
+    TRANSFERS_FILES = False
+    _requires_connection = False
+
+    def run(self, tmp=None, task_vars=None):
+        """Report once for the whole batch."""
+        result = super().run(tmp, task_vars)
+        _validation, arguments = self.validate_argument_spec(
+            {
+                "realm": {"type": "str", "required": True},
+                "variables": {"type": "dict", "required": True},
+                "path": {"type": "path", "default": ""},
+            }
+        )
+        names = arguments["variables"]
+        known = {host: task_vars["hostvars"].raw_get(host) for host in task_vars["ansible_play_batch"]}
+        hosts = {host: _host(variables, names) for host, variables in known.items()}
+        first = next(iter(known.values()), {})
+        manifest = (first.get(names["manifest"]) or {}).get("manifest")
+        abort = _abort(first, names)
+        how = {"check_mode": self._task.check_mode, "abort": abort}
+        text = report.text(arguments["realm"], manifest, hosts, **how)
+        Display().display(text)
+        document = report.as_json(arguments["realm"], manifest, hosts, **how)
+        result.update(changed=False, report=text, totals=document["kinds"])
+        if arguments["path"]:
+            _write(arguments["path"], document)
+        return result
+
+
+def _host(variables, names):
+    """Return the HOST (see report.py) that the registered results of one host amount to."""
+    plan = variables.get(names["plan"])
+    done = variables.get(names["result"]) or {}
+    brake = variables.get(names["brake"]) or {}
+    gathered = (variables.get(names["gathered"]) or {}).get("ansible_facts", {}).get("vm_resources")
+    refused = (brake.get("refused") or {}).get(variables["inventory_hostname"]) or (plan or {}).get("refused")
+    unread = _unread(gathered)
+    return {
+        "plan": plan,
+        "outcomes": done.get("outcomes") or [],
+        "busy": done.get("busy"),
+        "error": done.get("msg") if done.get("failed") and not done.get("outcomes") and not refused else None,
+        "refused": refused,
+        "absent": unread.get("absent", {}),
+        "unavailable": unread.get("unavailable", {}),
+    }
+
+
+def _unread(gathered):
+    found = {}
+    try:
+        kinds = unpacked(gathered)["kinds"] if gathered else {}
+    except FactsError:
+        kinds = {}
+    for kind, entry in kinds.items():
+        if entry["status"] != "ok":
+            found.setdefault(entry["status"], {})[kind] = entry["reason"]
+    return found
+
+
+def _abort(variables, names):
+    """Return why the whole batch was stopped, None when it was not."""
+    for name in ("manifest", "brake"):
+        done = variables.get(names[name]) or {}
+        if done.get("failed"):
+            return done.get("abort") or {"code": done.get("code", "failed"), "message": done.get("msg", "")}
+    return None
+
+
+def _write(path, document):
+    """Write the report; the batches of one run (``serial``) share a file, a new run begins it anew."""
+    run = os.path.basename(C.DEFAULT_LOCAL_TMP)
+    try:
+        with open(path, encoding="utf-8") as stream:
+            before = json.load(stream)
+    except (OSError, ValueError):
+        before = {}
+    if before.get("run") == run:
+        for key in ("hosts", "kinds"):
+            document[key] = dict(before[key], **document[key])
+        document["stopped"] = document["stopped"] or before["stopped"]
+    temporary = "%s.new" % path
+    with open(temporary, "w", encoding="utf-8") as stream:
+        json.dump(dict(document, run=run), stream, indent=1, sort_keys=True)
+        stream.write("\n")
+    os.replace(temporary, path)

@@ -1,0 +1,127 @@
+# Copyright: The microvm.reaper authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""Carries out one host's plan: every act on its own, in order, none forced, none that stops another.
+
+The ledger is written twice: before the first act, with the strikes and with the tokens as intents, and after the last
+one, with what is left of them. A reaper that is killed between leaves its intents, and the next sweep finishes them.
+"""
+
+from __future__ import annotations
+
+from . import ledger as ledgers
+from . import resource as r
+from .probe import DeadlineExceeded, ProbeError, Worker
+
+ACT_SECONDS = 30.0
+
+
+class Hands:
+    """Does the acts of a plan, those of each kind one after the other in a child that can be abandoned."""
+
+    def __init__(self, rules, host, kinds):
+        self.rules = rules
+        self.host = host
+        self.kinds = {kind.KIND: kind for kind in kinds}
+        self.workers = {}
+        self.hung = {}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_exception):
+        for worker in self.workers.values():
+            worker.close()
+
+    def do(self, act, token):
+        """Return what ``stop``, ``inspect`` or ``remove`` of the kind says of the token, whatever happens to it."""
+        kind = token["kind"]
+        if kind in self.hung:
+            return r.outcome(token, r.DEFERRED, "not tried: %s" % self.hung[kind])
+        try:
+            return self._call(kind, act, token)
+        except DeadlineExceeded as err:
+            return r.outcome(token, r.FAILED, "%s hung: %s" % (act, err))
+        except ProbeError as err:
+            return r.outcome(token, r.FAILED, str(err))
+
+    def prepare(self, tokens):
+        """Return the tokens with what their kinds add, before an act, to prove after a crash what they were."""
+        added = {}
+        for kind, module in self.kinds.items():
+            mine = [token for token in tokens if token["kind"] == kind]
+            if mine and hasattr(module, "prepare"):
+                try:
+                    added[kind] = self._call(kind, "prepare", mine)
+                except ProbeError:
+                    pass  # without it a removal that is cut short has to be finished by a person
+        return [
+            dict(token, details=dict(token["details"], **added.get(token["kind"], {}).get(token["name"], {})))
+            for token in tokens
+        ]
+
+    def _call(self, kind, act, argument):
+        if kind not in self.workers:
+            self.workers[kind] = Worker(self._work)
+        try:
+            return self.workers[kind].call([kind, act, argument], min(ACT_SECONDS, self.host.remaining()))
+        except DeadlineExceeded:
+            # Whatever holds this one up may hold up all of its kind: leave the kind alone for this sweep.
+            self.hung[kind] = "an earlier act on a %s of this sweep hung" % kind
+            raise
+        finally:
+            if self.workers[kind].is_gone:
+                del self.workers[kind]
+
+    def _work(self, item):
+        kind, act, argument = item
+        return getattr(self.kinds[kind], act)(argument, self.rules.get(kind) or [], self.host)
+
+
+def carry_out(tokens, hands, order):
+    """Do all acts of a plan: end what runs first, then remove in order. Returns one OUTCOME for each token."""
+    tokens = sorted(tokens, key=lambda token: order.index(token["kind"]))
+    outcomes = {}
+    for token in tokens:
+        if token["stop"]:
+            outcomes[_key(token)] = hands.do("stop", token)
+    for token in tokens:
+        if outcomes.get(_key(token)) is None:
+            outcomes[_key(token)] = hands.do("remove", dict(token, stop=False))
+    return [outcomes[_key(token)] for token in tokens]
+
+
+def foresee(tokens, hands):
+    """Return the OUTCOMEs of check mode: what would be done, as far as looking can tell. Changes nothing."""
+    return [hands.do("inspect", token) or r.outcome(token, r.WOULD_REAP) for token in tokens]
+
+
+def apply(plan, hands, state_dir, realm):
+    """Carry out ``plan`` under the host's lock; return the outcomes. Raises Busy or LedgerError before any act."""
+    with ledgers.Lock(state_dir):
+        ledger = ledgers.load(state_dir, realm)[0]
+        if ledger["generation"] != plan["generation"]:
+            raise ledgers.Busy(
+                "another reaper has written this host's ledger since the plan was made (generation %d, now %d)"
+                % (plan["generation"], ledger["generation"])
+            )
+        tokens = hands.prepare(plan["reap"])
+        kept = plan["ledger"]["intents"]
+        ledger = ledgers.save(state_dir, realm, dict(ledger, **dict(plan["ledger"], intents=kept + tokens)))
+        if not tokens:
+            return []
+        outcomes = carry_out(tokens, hands, list(hands.kinds))
+        ledgers.save(state_dir, realm, settled(ledger, kept, tokens, outcomes))
+        return outcomes
+
+
+def settled(ledger, kept, tokens, outcomes):
+    """Return the ledger after the acts: without the strikes and the intents of what is gone."""
+    by_key = {_key(one): one for one in outcomes}
+    gone = {key for key, one in by_key.items() if one["outcome"] in (r.REAPED, r.ALREADY_GONE, r.IDENTITY_CHANGED)}
+    strikes = {key: strike for key, strike in ledger["strikes"].items() if key not in gone}
+    unfinished = [token for token in tokens if by_key[_key(token)].get("unfinished")]
+    return dict(ledger, strikes=strikes, intents=kept + unfinished)
+
+
+def _key(item):
+    return "%s %s" % (item["kind"], item["name"])

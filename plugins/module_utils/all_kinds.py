@@ -1,0 +1,40 @@
+# Copyright: The microvm.reaper authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""All kinds, in the order in which their resources are removed.
+
+Adding a kind is adding a file in kinds/ and naming it in ORDER. A kind is a module with
+
+``KIND``        its name
+``STOPS``       whether stop() can end what runs in one
+``DEPENDS_ON``  kinds that must have been readable before one may be removed: what could not be read is not free
+``RESUMES``     optional: whether remove() can finish what an earlier reaper began and could not end (token["resume"])
+``RULE``        the argument spec of one of its rules (a rule says which names are ours, and where)
+``collect(rules, host)``         -> ``{"resources": [RESOURCE], "foreign": N}``; reads, never writes.
+                                 Raises Absent (the host has no such thing) or another ProbeError (could not be read)
+``inspect(token, rules, host)``  -> None when the object that the token names may be removed now, else an OUTCOME:
+                                 already_gone, identity_changed, deferred (busy; with holders) or failed (not ours)
+``stop(token, rules, host)``     -> None when nothing runs in it any more, else an OUTCOME (only where STOPS)
+``remove(token, rules, host)``   -> OUTCOME; re-reads the identity itself, acts, and verifies that it is gone
+
+``prepare(tokens, rules, host)`` -> optional: ``{name: details to add}`` to tokens of the kind, before anything is done
+
+Every function may raise ProbeError or OSError; the caller turns these into a failed outcome.
+"""
+
+from __future__ import annotations
+
+from .kinds import cgroup, container, dm_thin, jail, snapshot, zombie
+
+ORDER = (container, snapshot, jail, dm_thin, cgroup, zombie)
+
+BY_NAME = {kind.KIND: kind for kind in ORDER}
+# What the planner needs to know of the kinds, as data: it imports nothing that touches a host.
+TRAITS = {
+    kind.KIND: {
+        "order": place,
+        "stops": kind.STOPS,
+        "depends_on": list(kind.DEPENDS_ON),
+        "resumes": getattr(kind, "RESUMES", False),
+    }
+    for place, kind in enumerate(ORDER)
+}

@@ -1,0 +1,256 @@
+# Copyright: The microvm.reaper authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""What we ask of containerd, over the API on its socket (services v1: containerd 1.6, 1.7 and 2.x).
+
+Not by `ctr`: it prints neither labels nor times without one call for each object, and is not a stable interface.
+The tables hold only the fields that are used; their numbers are those of containerd's .proto files.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+
+from . import grpc
+from . import resource as r
+from .grpc import FailedPrecondition, NotFound
+from .probe import Absent, ProbeError
+from .protobuf import INT, LABELS, TEXT, ProtobufError, decode, encode
+
+__all__ = ["FailedPrecondition", "NotFound"]  # what kinds catch, beside what is below
+
+ADDRESS = "/run/containerd/containerd.sock"
+RULE = {
+    "namespace": {"type": "str", "required": True},
+    "name": {"type": "str"},
+    "label": {"type": "str"},
+    "address": {"type": "str", "default": ADDRESS},
+}
+GC_ROOT = "containerd.io/gc.root"
+GC_REFERENCE = "containerd.io/gc.ref.snapshot."
+IDENTIFIER = re.compile(r"[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*")
+CALL_SECONDS = 20.0
+
+CREATED, RUNNING, STOPPED, PAUSED, PAUSING = 1, 2, 3, 4, 5
+SNAPSHOT_KINDS = {1: "view", 2: "active", 3: "committed"}
+
+TIME = {1: ("seconds", INT), 2: ("nanos", INT)}
+CONTAINER = {
+    1: ("id", TEXT),
+    2: ("labels", LABELS),
+    6: ("snapshotter", TEXT),
+    7: ("snapshot_key", TEXT),
+    8: ("created_at", TIME),
+}
+PROCESS = {1: ("container_id", TEXT), 2: ("id", TEXT), 3: ("pid", INT), 4: ("status", INT)}
+SNAPSHOT = {
+    1: ("name", TEXT),
+    2: ("parent", TEXT),
+    3: ("kind", INT),
+    4: ("created_at", TIME),
+    6: ("labels", LABELS),
+}
+MOUNT = {1: ("type", TEXT), 2: ("source", TEXT), 4: ("options", [TEXT])}
+LEASE = {1: ("id", TEXT)}
+LEASED = {1: ("id", TEXT), 2: ("type", TEXT)}
+BLOB = {1: ("digest", TEXT), 5: ("labels", LABELS)}
+
+NOTHING = {}
+ID = {1: ("id", TEXT)}
+CONTAINER_ID = {1: ("container_id", TEXT)}
+KEY = {1: ("snapshotter", TEXT), 2: ("key", TEXT)}
+# The calls: what is asked with, and what each message of the answer holds.
+CALLS = {
+    "containers.v1.Containers/Get": (ID, {1: ("container", CONTAINER)}),
+    "containers.v1.Containers/ListStream": (NOTHING, {1: ("container", CONTAINER)}),
+    "containers.v1.Containers/Delete": (ID, NOTHING),
+    "tasks.v1.Tasks/Get": (CONTAINER_ID, {1: ("process", PROCESS)}),
+    "tasks.v1.Tasks/List": (NOTHING, {1: ("tasks", [PROCESS])}),
+    "tasks.v1.Tasks/Kill": ({1: ("container_id", TEXT), 3: ("signal", INT), 4: ("all", INT)}, NOTHING),
+    "tasks.v1.Tasks/Resume": (CONTAINER_ID, NOTHING),
+    "tasks.v1.Tasks/Delete": (CONTAINER_ID, NOTHING),
+    "snapshots.v1.Snapshots/Stat": (KEY, {1: ("info", SNAPSHOT)}),
+    "snapshots.v1.Snapshots/List": ({1: ("snapshotter", TEXT)}, {1: ("info", [SNAPSHOT])}),
+    "snapshots.v1.Snapshots/Mounts": (KEY, {1: ("mounts", [MOUNT])}),
+    "snapshots.v1.Snapshots/Usage": (KEY, {1: ("size", INT)}),
+    "snapshots.v1.Snapshots/Remove": (KEY, NOTHING),
+    "leases.v1.Leases/List": (NOTHING, {1: ("leases", [LEASE])}),
+    "leases.v1.Leases/ListResources": (ID, {1: ("resources", [LEASED])}),
+    "content.v1.Content/List": ({1: ("filters", [TEXT])}, {1: ("info", [BLOB])}),
+}
+
+_connections = {}
+
+
+class Client:
+    """containerd at one address, as seen from one namespace. A namespace that does not exist is an empty one."""
+
+    def __init__(self, address, namespace, host):
+        self.address = address
+        self.namespace = namespace
+        self.host = host
+
+    def containers(self):
+        return [answer["container"] for answer in self._stream("containers.v1.Containers/ListStream")]
+
+    def container(self, name):
+        return self._call("containers.v1.Containers/Get", id=name)["container"]
+
+    def delete_container(self, name):
+        self._call("containers.v1.Containers/Delete", id=name)
+
+    def tasks(self):
+        """Return ``{container id: task}``. A task whose shim does not answer is among them, its status unknown."""
+        tasks = self._call("tasks.v1.Tasks/List")["tasks"]
+        return {task["container_id"] or task["id"]: task for task in tasks}
+
+    def task(self, name):
+        """Return the task of a container, None when it has none."""
+        try:
+            return self._call("tasks.v1.Tasks/Get", container_id=name)["process"]
+        except NotFound:
+            return None
+
+    def kill_task(self, name):
+        self._call("tasks.v1.Tasks/Kill", container_id=name, signal=signal.SIGKILL, all=True)
+
+    def resume_task(self, name):
+        self._call("tasks.v1.Tasks/Resume", container_id=name)
+
+    def delete_task(self, name):
+        self._call("tasks.v1.Tasks/Delete", container_id=name)
+
+    def snapshots(self, snapshotter):
+        return self._all("snapshots.v1.Snapshots/List", "info", snapshotter=snapshotter)
+
+    def snapshot(self, snapshotter, key):
+        return self._call("snapshots.v1.Snapshots/Stat", snapshotter=snapshotter, key=key)["info"]
+
+    def snapshot_mounts(self, snapshotter, key):
+        """Return how an active snapshot is to be mounted; containerd does not tell whether it is."""
+        return self._call("snapshots.v1.Snapshots/Mounts", snapshotter=snapshotter, key=key)["mounts"]
+
+    def snapshot_usage(self, snapshotter, key, timeout):
+        return self._call("snapshots.v1.Snapshots/Usage", timeout, snapshotter=snapshotter, key=key)["size"]
+
+    def remove_snapshot(self, snapshotter, key):
+        self._call("snapshots.v1.Snapshots/Remove", snapshotter=snapshotter, key=key)
+
+    def leased_snapshots(self, snapshotter):
+        """Return ``[(lease, snapshot key)]`` of all leases, expired ones too: those are containerd's to collect."""
+        found = []
+        for lease in self._call("leases.v1.Leases/List")["leases"]:
+            try:
+                leased = self._call("leases.v1.Leases/ListResources", id=lease["id"])["resources"]
+            except NotFound:
+                continue  # ended meanwhile
+            found += [(lease["id"], one["id"]) for one in leased if one["type"] == "snapshots/" + snapshotter]
+        return found
+
+    def image_snapshots(self, snapshotter):
+        """Return ``[(digest, snapshot key)]``: which blob of an image was unpacked into which snapshot."""
+        label = GC_REFERENCE + snapshotter
+        blobs = self._all("content.v1.Content/List", "info", filters=['labels."%s"' % label])
+        return [(blob["digest"], blob["labels"].get(label)) for blob in blobs]
+
+    def _all(self, call, field, **request):
+        return [one for answer in self._stream(call, **request) for one in answer[field]]
+
+    def _call(self, call, timeout=CALL_SECONDS, **request):
+        answers = list(self._stream(call, timeout, **request))
+        if len(answers) != 1:
+            raise ProbeError("%s: %s: %d answers" % (self.address, call, len(answers)))
+        return answers[0]
+
+    def _stream(self, call, timeout=CALL_SECONDS, **request):
+        """Yield the answers, each with all messages that its table says it has."""
+        timeout = min(timeout, self.host.remaining())
+        ask, tell = CALLS[call]
+        metadata = [("containerd-namespace", self.namespace)]
+        connection = _connection(self.address, timeout)
+        for data in connection.call("containerd.services." + call, encode(ask, request), timeout, metadata):
+            try:
+                answer = decode(tell, data)
+            except ProtobufError as err:
+                raise ProbeError("%s: %s: %s" % (self.address, call, err)) from err
+            if None in answer.values():
+                raise ProbeError("%s: %s: an empty answer" % (self.address, call))
+            yield answer
+
+
+def clients(kind, rules, host):
+    """Return a Client for every address and namespace that the rules name. Raises Absent where no address exists."""
+    _check(kind, rules)
+    addresses = {_address(rule) for rule in rules}
+    there = {address for address in addresses if _exists(address)}
+    if addresses and not there:
+        raise Absent("no containerd here: there is no %s" % ", ".join(sorted(addresses)))
+    wanted = {(_address(rule), rule["namespace"]) for rule in rules if _address(rule) in there}
+    return [Client(address, namespace, host) for address, namespace in sorted(wanted)]
+
+
+def client_for(kind, token, rules, host):
+    """Return the Client for what the token names, None where no rule looks there.
+
+    Of two daemons that have the same namespace, the token's details say which one is meant.
+    """
+    _check(kind, rules)
+    namespace = token["name"].partition("/")[0]
+    wanted = (token.get("details") or {}).get("address")
+    for rule in rules:
+        if rule["namespace"] == namespace and wanted in (None, _address(rule)):
+            return Client(_address(rule), namespace, host)
+    return None
+
+
+def looks_at(rule, client):
+    """Tell whether the rule is for the client's address and namespace."""
+    return rule["namespace"] == client.namespace and _address(rule) == client.address
+
+
+def stamp(created):
+    """Return the time of creation as text, to the nanosecond: with the name it makes an identity."""
+    return "%d.%09d" % (created["seconds"], created["nanos"]) if created else "unknown"
+
+
+def age(created):
+    """Return the age in seconds, None when it cannot be told."""
+    seconds = time.time() - created["seconds"] if created and created["seconds"] > 0 else -1
+    return round(seconds, 1) if seconds >= 0 else None
+
+
+def printable(text):
+    """Return text that can travel: a snapshot's key may be any bytes."""
+    return text if r.is_text(text) else ascii(text)[: r.MAX_NAME]
+
+
+def _connection(address, timeout):
+    """Return the open connection to that address, or a new one. A fork does not share its parent's."""
+    owner, connection = _connections.pop(address, (None, None))
+    if connection is not None and owner != os.getpid():
+        connection.forget()
+    if connection is None or not connection.is_usable():
+        connection = grpc.Connection(address, timeout)
+    _connections[address] = os.getpid(), connection
+    return connection
+
+
+def _exists(address):
+    """Tell whether there is, or has been since boot, a daemon at that address: one that stops takes its socket away
+    but not the directory, and its containers are still there."""
+    return os.path.lexists(address) or os.path.isdir(os.path.dirname(address))
+
+
+def _check(kind, rules):
+    for rule in rules:
+        for key in ("namespace", "snapshotter"):
+            if key in rule and not IDENTIFIER.fullmatch(rule[key]):
+                raise r.RuleError("%s rule: '%s' is not a name in containerd: %r" % (kind, key, rule[key]))
+        if not _address(rule).startswith("/"):
+            raise r.RuleError("%s rule: 'address' is not the path of a socket: %r" % (kind, _address(rule)))
+
+
+def _address(rule):
+    return rule.get("address") or ADDRESS

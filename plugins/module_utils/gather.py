@@ -1,0 +1,87 @@
+# Copyright: The microvm.reaper authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""Reads all kinds of a host at the same time, each in a child of its own, and never writes.
+
+A kind that hangs, crashes or is refused is ``unavailable`` with the reason; it never reads as an empty list and never
+takes another kind with it.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+import zlib
+
+from . import ledger as ledgers
+from .probe import Absent, Host, ProbeError, Worker, boottime, read_text
+
+# More resources than this on one host are not leftovers but a fault; the kind is then not judged at all.
+MAX_RESOURCES = 200000
+
+
+def gather(kinds, rules, realm, state_dir, seconds):
+    """Return the facts of this host: ``{realm, boot_id, machine_id, boottime_seconds, ledger, ledger_problem,
+    generation, kinds: {kind: {status, reason, resources, foreign, seconds}}}``.
+
+    ``kinds`` are the modules of the kinds, ``rules`` their rules by name; a kind without rules is not read.
+    """
+    host = Host(boottime() + seconds)
+    found = collect_all([kind for kind in kinds if rules.get(kind.KIND)], rules, host)
+    ledger, problem = ledgers.load(state_dir, realm)
+    return {
+        "realm": realm,
+        "boot_id": host.boot_id,
+        "machine_id": machine_id(),
+        "boottime_seconds": round(host.started, 3),
+        "ledger": ledger,
+        "ledger_problem": problem,
+        "generation": ledger["generation"],
+        "kinds": found,
+    }
+
+
+def collect_all(kinds, rules, host):
+    """Return ``{kind: {status, reason, resources, foreign, seconds}}``, all kinds read at the same time."""
+    workers = {}
+    for kind in kinds:
+        workers[kind.KIND] = Worker(lambda _item, kind=kind: _timed(kind, rules[kind.KIND], host))
+        workers[kind.KIND].send(None)
+    deadline = time.monotonic() + host.remaining()
+    return {kind.KIND: _answer(workers[kind.KIND], deadline) for kind in kinds}
+
+
+def pack(kinds):
+    """Return the facts of the kinds as one string. Ansible handles one string 30 times faster than 10,000 records."""
+    return base64.b64encode(zlib.compress(json.dumps(kinds, sort_keys=True).encode("ascii"), 6)).decode("ascii")
+
+
+def machine_id():
+    """Return this machine's id, None where there is none."""
+    try:
+        return read_text("/etc/machine-id", 128).strip() or None
+    except OSError:
+        return None
+
+
+def _timed(kind, rules, host):
+    begin = time.monotonic()
+    found = kind.collect(rules, host)
+    if len(found["resources"]) > MAX_RESOURCES:
+        raise ProbeError("%d resources, more than %d" % (len(found["resources"]), MAX_RESOURCES))
+    return dict(found, seconds=round(time.monotonic() - begin, 3))
+
+
+def _answer(worker, deadline):
+    empty = {"resources": [], "foreign": 0, "seconds": None}
+    try:
+        found = worker.result(deadline)
+    except Absent as err:
+        status, reason = "absent", str(err)
+    except ProbeError as err:
+        return dict(empty, status="unavailable", reason=str(err))
+    else:
+        worker.close()
+        return dict(found, status="ok", reason=None)
+    worker.close()
+    return dict(empty, status=status, reason=reason)

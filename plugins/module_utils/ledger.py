@@ -1,0 +1,185 @@
+# Copyright: The microvm.reaper authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""The ledger: what one host remembers of the sweeps of one realm, kept on that host.
+
+It lies at ``<state directory>/<realm>/ledger.json``, readable by its owner only, and is replaced as a whole: written
+beside, synced, renamed, the directory synced. So a power cut leaves the old one or the new one.
+
+LEDGER ``{version, realm, host, machine_id, generation, manifest: {epochs, count}, strikes: {"kind name": STRIKE},
+intents: [TOKEN]}``
+STRIKE ``{identity, vm_id, strikes, first, last, boot_id}``; first and last are instants of the boot clock in seconds.
+
+``generation`` counts the writes: a plan made from generation N is carried out on generation N only. ``intents`` are
+the removals that were begun and whose end is not known, so that the next sweep can finish what was cut short.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import stat
+
+VERSION = 1
+MAX_BYTES = 64 * 1024 * 1024
+REALM = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class LedgerError(Exception):
+    """The ledger cannot be used or written; the text says what, where and what to do."""
+
+
+class Busy(LedgerError):
+    """Another reaper holds this host's lock, or has written since the plan was made."""
+
+
+def empty(realm):
+    """Return the ledger of a host that remembers nothing."""
+    return {
+        "version": VERSION,
+        "realm": realm,
+        "host": None,
+        "machine_id": None,
+        "generation": 0,
+        "manifest": {"epochs": {}, "count": None},
+        "strikes": {},
+        "intents": [],
+    }
+
+
+def path_of(state_dir, realm):
+    """Return the path of the realm's ledger; raises LedgerError for a realm that is no plain name."""
+    if not REALM.fullmatch(realm):
+        raise LedgerError("realm %r must be letters, digits, '.', '_' or '-', at most 64 of them" % realm)
+    return os.path.join(state_dir, realm, "ledger.json")
+
+
+def load(state_dir, realm):
+    """Return ``(ledger, problem)``.
+
+    A host without a ledger has an empty one. One that cannot be understood counts as lost: the ledger returned is
+    empty, so no strike survives, and ``problem`` says what was wrong with the file (it is kept aside by save()).
+    """
+    path = path_of(state_dir, realm)
+    try:
+        with open(path, "rb", opener=_no_follow) as stream:
+            data = stream.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        return empty(realm), None
+    except OSError as err:
+        raise LedgerError("cannot read the ledger %s: %s" % (path, err.strerror)) from err
+    try:
+        if len(data) > MAX_BYTES:
+            raise ValueError("larger than %d bytes" % MAX_BYTES)
+        return _checked(json.loads(data.decode()), realm), None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
+        return empty(realm), "the ledger %s is corrupt (%s); all strikes start again" % (path, err)
+
+
+def save(state_dir, realm, ledger):
+    """Replace the realm's ledger by ``ledger``, whose generation goes up by one; return the ledger as written."""
+    path = path_of(state_dir, realm)
+    written = dict(ledger, version=VERSION, realm=realm, generation=ledger["generation"] + 1)
+    temporary = path + ".new"
+    try:
+        _own_directory(state_dir)
+        _own_directory(os.path.dirname(path))
+        _keep_corrupt_aside(state_dir, realm, path)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(json.dumps(written, sort_keys=True).encode("ascii"))
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.rename(temporary, path)
+        _sync_directory(os.path.dirname(path))
+    except OSError as err:
+        raise LedgerError(
+            "cannot write the ledger %s: %s; nothing was removed, because a sweep that cannot remember must not reap"
+            % (path, err.strerror)
+        ) from err
+    return written
+
+
+class Lock:
+    """This host's lock, for all realms: one reaper at a time acts on a host. The kernel drops it with the process."""
+
+    def __init__(self, state_dir):
+        self.path = os.path.join(state_dir, "lock")
+        self.state_dir = state_dir
+        self._descriptor = None
+
+    def __enter__(self):
+        try:
+            _own_directory(self.state_dir)
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as err:
+            raise LedgerError("cannot open the lock %s: %s" % (self.path, err.strerror)) from err
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as err:
+            os.close(self._descriptor)
+            if err.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise Busy("another reaper works on this host (it holds %s)" % self.path) from err
+            raise
+        return self
+
+    def __exit__(self, *_exception):
+        os.close(self._descriptor)
+
+
+def _checked(ledger, realm):
+    """Return a ledger read from disk, or raise when its shape is not that of a ledger of this realm."""
+    if ledger["version"] != VERSION:
+        raise ValueError("version %r, not %d" % (ledger["version"], VERSION))
+    if ledger["realm"] != realm:
+        raise ValueError("realm %r, not %r" % (ledger["realm"], realm))
+    if not isinstance(ledger["generation"], int) or ledger["generation"] < 0:
+        raise ValueError("generation %r" % (ledger["generation"],))
+    for strike in ledger["strikes"].values():
+        if not (isinstance(strike["identity"], str) and isinstance(strike["vm_id"], str)):
+            raise ValueError("a strike without identity or vm_id")
+        if not isinstance(strike["strikes"], int) or not isinstance(strike["boot_id"], str):
+            raise ValueError("a strike without a count or a boot id")
+        float(strike["first"]), float(strike["last"])
+    for token in ledger["intents"]:
+        if not all(isinstance(token[key], str) for key in ("kind", "name", "vm_id", "identity")):
+            raise ValueError("an intent without kind, name, vm_id or identity")
+    if not isinstance(ledger["manifest"]["epochs"], dict):
+        raise ValueError("epochs is not a mapping")
+    return dict(empty(realm), **ledger)
+
+
+def _keep_corrupt_aside(state_dir, realm, path):
+    problem = load(state_dir, realm)[1]
+    if problem is not None:
+        os.rename(path, path + ".corrupt")
+
+
+def _own_directory(path):
+    """Make a directory that only its owner can enter, or refuse one that somebody else could have prepared."""
+    try:
+        os.makedirs(path, 0o700, exist_ok=True)
+    except FileExistsError as err:
+        raise LedgerError("%s is in the way: it must be a directory" % path) from err
+    status = os.lstat(path)
+    if not stat.S_ISDIR(status.st_mode):
+        raise LedgerError("%s is in the way: it must be a directory, not a link" % path)
+    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise LedgerError(
+            "%s must belong to the user the reaper runs as (uid %d) and be writable by nobody else; it belongs to "
+            "uid %d with mode %04o" % (path, os.geteuid(), status.st_uid, stat.S_IMODE(status.st_mode))
+        )
+
+
+def _sync_directory(path):
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _no_follow(path, flags):
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC)

@@ -1,0 +1,293 @@
+# Copyright: The microvm.reaper authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""Removes a directory tree whose owner may be hostile and at work while we remove it.
+
+Nothing here acts on a path that somebody else could bend. A directory is opened below one that is held already, by one
+name and without following a symbolic link, and its entries are removed below that descriptor. So whatever is swapped
+for whatever, what is removed is an entry of a directory that was in the tree; nothing outside is ever reached.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import struct
+
+from . import mounts
+
+DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# Only as a place to start from: does not read, so no file system server is asked and no device opened.
+PLACE = getattr(os, "O_PATH", 0o10000000) | os.O_NOFOLLOW | os.O_CLOEXEC
+# How deep we go with a descriptor held per level; what is deeper is moved up first, see Removal.
+MAX_DEPTH = 32
+
+_AT_EMPTY_PATH, _STATX_BTIME, _MAX_HANDLE = 0x1000, 0x800, 128
+_MS_PRIVATE, _UMOUNT_NOFOLLOW = 1 << 18, 8
+_NOT_A_DIRECTORY = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Busy(Exception):
+    """Something holds it, or there was no time left: another sweep may do better."""
+
+
+class Refused(Exception):
+    """The file system does not let us; a person has to look."""
+
+
+class Tree:
+    """A directory below a base that is trusted, held by descriptors. No name below the base may be a symbolic link.
+
+    Raises FileNotFoundError when it is not there, NotADirectoryError when something else is.
+    """
+
+    def __init__(self, base, names):
+        self.name = names[-1]
+        self.path = os.path.join(base, *names)
+        self.directory = None
+        self.parent = os.open(base, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            for name in names[:-1]:
+                self.parent = _exchange(self.parent, _open(name, DIRECTORY, self.parent))
+            self.directory = _open(self.name, DIRECTORY, self.parent)
+        except OSError:
+            self.close()
+            raise
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_exception):
+        self.close()
+
+    def close(self):
+        """Let go of the tree."""
+        for descriptor in (self.parent, self.directory):
+            if descriptor is not None:
+                os.close(descriptor)
+        self.parent = self.directory = None
+
+    def identity(self):
+        """Return a text that no other directory has: not one of the same name, not one with the same inode.
+
+        The handle of a file system names inode and generation and outlives a reboot. Where there is none (overlayfs
+        among others) the time of birth takes the place of the generation.
+        """
+        filesystem = os.fstatvfs(self.directory).f_fsid
+        return "%x:%s" % (filesystem, _handle(self.directory) or _inode_and_birth(self.directory))
+
+    def unmount(self):
+        """Unmount all that is mounted in the tree or on it, the deepest first. Nothing is forced or left for later.
+
+        Returns whether the tree itself was a mount: then another directory is in its place now.
+        """
+        table = mounts.below(mounts.read(), self.path)
+        parents = {mount.parent for mount in table}
+        for mount in reversed(table):
+            if mount.shared and mount.id in parents:
+                self._make_private(mount)
+        itself = False
+        for mount in table:
+            if mount.point == self.path:
+                itself = True
+                self._release()  # or we are the ones who hold it
+            self._unmount(mount)
+        left = mounts.below(mounts.read(), self.path)
+        if left:
+            raise Busy("still mounted: %s" % shown(left[0].point))
+        return itself
+
+    def remove(self):
+        """Remove the empty tree itself. Raises Busy when it is not empty, or not the directory that we hold."""
+        try:
+            if self.directory is not None:
+                there = os.stat(self.name, dir_fd=self.parent, follow_symlinks=False)
+                if not os.path.samestat(there, os.fstat(self.directory)):
+                    raise Busy("another directory of the same name took its place")
+            os.rmdir(self.name, dir_fd=self.parent)
+        except FileNotFoundError:
+            return
+        except OSError as err:
+            raise _blocked(err, self.path) from err
+
+    def _release(self):
+        if self.directory is not None:
+            os.close(self.directory)
+            self.directory = None
+
+    def _make_private(self, mount):
+        """Cut a mount off from its peers: what we unmount on it would be unmounted there too, outside of the tree."""
+        parent, name = self._parent_of(mount)
+        try:
+            point = os.open(name, PLACE, dir_fd=parent)
+            try:
+                if _mount_id(point) != mount.id:
+                    raise Busy("a mount that shares what is mounted on it is hidden: %s" % shown(mount.point))
+                _call("mount", None, _path_of(point), None, _MS_PRIVATE, None)
+            finally:
+                os.close(point)
+        except OSError as err:
+            raise _blocked(err, mount.point) from err
+        finally:
+            os.close(parent)
+
+    def _unmount(self, mount):
+        parent, name = self._parent_of(mount)
+        try:
+            _call("umount2", _path_of(parent) + b"/" + os.fsencode(name), _UMOUNT_NOFOLLOW)
+        except OSError as err:
+            if err.errno not in (errno.EINVAL, errno.ENOENT):  # these two: unmounted already
+                raise _blocked(err, mount.point, "mounted") from err
+        finally:
+            os.close(parent)
+
+    def _parent_of(self, mount):
+        """Return a descriptor of the directory that a mount point is in, and its name there."""
+        if mount.point == self.path:
+            return os.dup(self.parent), self.name
+        names = os.path.relpath(mount.point, self.path).split("/")
+        place = os.dup(self.directory)
+        try:
+            for name in names[:-1]:
+                place = _exchange(place, _open(name, PLACE | os.O_DIRECTORY, place))
+        except OSError as err:
+            os.close(place)
+            raise Busy("the tree changed while it was unmounted: %s" % shown(mount.point)) from err
+        return place, names[-1]
+
+
+class Removal:
+    """Removes all that is in a directory. ``bytes`` is what that gave back so far.
+
+    A tree may be deeper than we may have descriptors or stack. What lies too deep is moved up to the top by a rename,
+    where it is removed like the rest; no path is ever built and no ``..`` followed.
+    """
+
+    def __init__(self, directory, is_late):
+        self.bytes = 0
+        self._top = directory
+        self._is_late = is_late
+        self._mount = _mount_id(directory)
+        self._names = "reaper-%s" % os.urandom(8).hex()
+        self._moved = 0
+
+    def run(self):
+        """Remove it all, or raise Busy or Refused; what is gone by then stays gone."""
+        self._empty(self._top, 0)
+
+    def _empty(self, directory, depth):
+        while self._remove_entries(directory, depth):
+            pass  # a listing may miss what was added or moved up meanwhile: go on until there is nothing
+
+    def _remove_entries(self, directory, depth):
+        found = False
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                found = True
+                if self._is_late():
+                    raise Busy("not finished in time; the rest goes in the next sweep")
+                try:
+                    if not entry.is_dir(follow_symlinks=False):
+                        self._unlink(directory, entry)
+                    elif depth < MAX_DEPTH:
+                        self._remove_directory(directory, entry.name, depth)
+                    else:
+                        self._move_up(directory, entry.name)
+                except OSError as err:
+                    # An entry that is not what it was a moment ago is looked at again in the next listing.
+                    if err.errno not in _NOT_A_DIRECTORY + (errno.EISDIR, errno.ENOTEMPTY, errno.EEXIST):
+                        raise _blocked(err, entry.name) from err
+        return found
+
+    def _unlink(self, directory, entry):
+        status = entry.stat(follow_symlinks=False)
+        os.unlink(entry.name, dir_fd=directory)
+        if status.st_nlink == 1:
+            self.bytes += status.st_blocks * 512
+
+    def _remove_directory(self, parent, name, depth):
+        directory = _open(name, DIRECTORY, parent)
+        try:
+            if _mount_id(directory) != self._mount:
+                raise Busy("mounted: %s" % shown(name))
+            self._empty(directory, depth + 1)
+        finally:
+            os.close(directory)
+        os.rmdir(name, dir_fd=parent)
+
+    def _move_up(self, directory, name):
+        self._moved += 1
+        os.rename(name, "%s-%d" % (self._names, self._moved), src_dir_fd=directory, dst_dir_fd=self._top)
+
+
+def shown(name):
+    """Return a file name as printable ASCII, whatever is in it."""
+    return ascii(name)[1:-1][:200]
+
+
+def _open(name, flags, directory):
+    try:
+        return os.open(name, flags, dir_fd=directory)
+    except OSError as err:
+        if err.errno == errno.ELOOP:
+            raise NotADirectoryError(errno.ENOTDIR, "a symbolic link", shown(name)) from err
+        raise
+
+
+def _exchange(old, new):
+    os.close(old)
+    return new
+
+
+def _blocked(err, name, what="in use"):
+    """Return the error to raise for what the kernel answered."""
+    if err.errno == errno.EBUSY:
+        return Busy("%s: %s" % (what, shown(name)))
+    if err.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.ENOENT):
+        return Busy("changed while it was removed: %s" % shown(name))
+    hint = ", perhaps immutable or append-only: see lsattr" if err.errno == errno.EPERM else ""
+    return Refused("%s: %s%s" % (shown(name), os.strerror(err.errno), hint))
+
+
+def _handle(directory):
+    """Return the file handle as text, None where the file system (or a container's filter) gives none."""
+    buffer = ctypes.create_string_buffer(struct.pack("Ii", _MAX_HANDLE, 0), 8 + _MAX_HANDLE)
+    mount = ctypes.c_int()
+    try:
+        _call("name_to_handle_at", directory, b"", buffer, ctypes.byref(mount), _AT_EMPTY_PATH)
+    except (OSError, AttributeError):
+        return None
+    size, kind = struct.unpack_from("Ii", buffer)
+    return "%d:%s" % (kind, buffer.raw[8 : 8 + size].hex())
+
+
+def _inode_and_birth(directory):
+    status = os.fstat(directory)
+    buffer = ctypes.create_string_buffer(256)
+    try:
+        _call("statx", directory, b"", _AT_EMPTY_PATH, _STATX_BTIME, buffer)
+        known = struct.unpack_from("I", buffer)[0] & _STATX_BTIME
+    except (OSError, AttributeError):
+        known = 0
+    seconds, nanoseconds = struct.unpack_from("qI", buffer, 80) if known else (0, status.st_ctime_ns)
+    return "inode:%d:%d.%d" % (status.st_ino, seconds, nanoseconds)
+
+
+def _mount_id(descriptor):
+    """Return the id of the mount that a descriptor is in. Unlike the device it differs for a bind mount too."""
+    with open("/proc/self/fdinfo/%d" % descriptor, "rb") as stream:
+        for line in stream:
+            if line.startswith(b"mnt_id:"):
+                return int(line.split()[1])
+    raise Refused("the kernel does not tell which mount a directory is in")
+
+
+def _path_of(descriptor):
+    return b"/proc/self/fd/%d" % descriptor
+
+
+def _call(function, *arguments):
+    if getattr(_libc, function)(*arguments) < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))

@@ -1,0 +1,60 @@
+#!/usr/bin/python
+# Copyright: The microvm.reaper authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: brake
+short_description: Stop a batch of hosts before the first removal
+version_added: 0.1.0
+author:
+  - The microvm.reaper authors
+description:
+  - Looks at the plans of all hosts of the batch at once. Fails, and so stops them all, when one takes more than the caps allow
+    or shows that the live source cannot be believed.
+  - Names single hosts that are to be left alone, such as two that have the same machine id.
+options:
+  plans:
+    description: The name of the variable that holds each host's plan.
+    type: str
+    required: true
+attributes:
+  action:
+    description: Indicates this has a corresponding action plugin so some parts of the options can be executed on the controller.
+    support: full
+  check_mode:
+    description: Can run in check mode and return the same as otherwise.
+    support: full
+  diff_mode:
+    description: Will return details on what has changed (or possibly needs changing in check mode), when in diff mode.
+    support: none
+    details: Nothing is changed on any host.
+  platform:
+    description: Target OS/families that can be operated against.
+    support: full
+    platforms: all
+notes:
+  - Runs on the controller. Meant to be run once for a batch of hosts, with C(run_once).
+seealso:
+  - module: microvm.reaper.vm_resource_facts
+  - module: microvm.reaper.reap
+"""
+
+EXAMPLES = r"""
+- name: Stop here if the plans take more than they may
+  microvm.reaper.brake:
+    plans: my_plan
+  run_once: true
+"""
+
+RETURN = r"""
+refused:
+  description: By host, C(code) and C(message) of why nothing is done there.
+  returned: always
+  type: dict
+abort:
+  description: C(code) and C(message) of what stops the batch.
+  returned: failure
+  type: dict
+"""

@@ -1,0 +1,50 @@
+#!/usr/bin/python
+# Copyright: The microvm.reaper authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: preflight
+short_description: Check the variables of the role before any host is touched
+version_added: 0.1.0
+author:
+  - The microvm.reaper authors
+description:
+  - Checks all C(reap_) variables of all hosts of the batch against the argument specification of the role. Types, choices,
+    impossible values, presets and sources that do not exist, and names that the role does not know.
+attributes:
+  action:
+    description: Indicates this has a corresponding action plugin so some parts of the options can be executed on the controller.
+    support: full
+  check_mode:
+    description: Can run in check mode and return the same as otherwise.
+    support: full
+  diff_mode:
+    description: Will return details on what has changed (or possibly needs changing in check mode), when in diff mode.
+    support: none
+    details: Nothing is changed on any host.
+  platform:
+    description: Target OS/families that can be operated against.
+    support: full
+    platforms: all
+notes:
+  - Runs on the controller. Meant to be run once for a batch of hosts, with C(run_once).
+seealso:
+  - module: microvm.reaper.vm_resource_facts
+  - module: microvm.reaper.reap
+"""
+
+EXAMPLES = r"""
+- name: Check every reap_ variable of every host
+  microvm.reaper.preflight:
+  run_once: true
+"""
+
+RETURN = r"""
+problems:
+  description: What is wrong, each in a sentence that names the variable.
+  returned: failure
+  type: list
+  elements: str
+"""

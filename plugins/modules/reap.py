@@ -1,0 +1,184 @@
+#!/usr/bin/python
+# Copyright: The microvm.reaper authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: reap
+short_description: Carry out the plan of one host
+version_added: 0.1.0
+author:
+  - The microvm.reaper authors
+description:
+  - Removes what the plan names, in order, each on its own. Before every act the object is read again and must be the very
+    one that the plan was made for; what is busy is left alone, and nothing is ever forced.
+  - Writes the strikes that the plan gives into the host's ledger. A host that cannot remember removes nothing.
+  - One reaper at a time works on a host. A plan is carried out only when nobody has written the ledger since it was made.
+  - A failed item never stops the others. The module fails at the end when any item failed.
+options:
+  plan:
+    description: The plan of this host, as P(microvm.reaper.confirmed_orphans#filter) returned it.
+    type: dict
+    required: true
+  state_dir:
+    description: Where the host keeps what it remembers.
+    type: path
+    default: /var/lib/microvm.reaper
+  deadline:
+    description: Seconds after which whatever is not done is left for the next sweep.
+    type: float
+    default: 300
+extends_documentation_fragment:
+  - microvm.reaper.rules
+attributes:
+  check_mode:
+    description: Can run in check mode and return changed status prediction without modifying target.
+    support: full
+    details: Looks at every object of the plan again. Nothing is removed and no strike is recorded.
+  diff_mode:
+    description: Will return details on what has changed (or possibly needs changing in check mode), when in diff mode.
+    support: full
+  platform:
+    description: Target OS/families that can be operated against.
+    support: full
+    platforms: Linux
+requirements:
+  - Python 3.8 or later on the host
+seealso:
+  - module: microvm.reaper.vm_resource_facts
+  - plugin: microvm.reaper.confirmed_orphans
+    plugin_type: filter
+"""
+
+EXAMPLES = r"""
+- name: Remove what is confirmed
+  microvm.reaper.reap:
+    plan: "{{ ansible_facts.vm_resources | microvm.reaper.confirmed_orphans(manifest, policy) }}"
+    rules: "{{ lookup('microvm.reaper.rules', 'hyper') }}"
+"""
+
+RETURN = r"""
+outcomes:
+  description: What came of each item of the plan, in the order of removal.
+  returned: always
+  type: list
+  elements: dict
+  contains:
+    kind:
+      description: The kind of the resource.
+      type: str
+    name:
+      description: Its name.
+      type: str
+    vm_id:
+      description: The VM it belonged to.
+      type: str
+    outcome:
+      description:
+        - V(reaped), V(already_gone), V(deferred) when it is busy, V(identity_changed) when another object has its name now,
+          V(failed), and in check mode V(would_reap).
+      type: str
+    message:
+      description: Why, when it was not reaped.
+      type: str
+    bytes:
+      description: What its removal gave back.
+      type: int
+    holders:
+      description: Who keeps it busy.
+      type: list
+      elements: dict
+  sample:
+    - kind: dm_thin
+      name: hyper-rw-vabc234
+      vm_id: vabc234
+      outcome: reaped
+      message: ""
+      bytes: 134217728
+      holders: []
+busy:
+  description: Why nothing was done, when another reaper works on the host.
+  returned: when another reaper works on the host
+  type: str
+"""
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.microvm.reaper.plugins.module_utils import acts
+from ansible_collections.microvm.reaper.plugins.module_utils import resource as r
+from ansible_collections.microvm.reaper.plugins.module_utils.all_kinds import BY_NAME, ORDER
+from ansible_collections.microvm.reaper.plugins.module_utils.facts_module import rules_of_all_kinds
+from ansible_collections.microvm.reaper.plugins.module_utils.ledger import Busy, LedgerError
+from ansible_collections.microvm.reaper.plugins.module_utils.probe import Host, boottime
+
+
+def get_argument_spec():
+    """Return the module's argument spec."""
+    return {
+        "plan": {"type": "dict", "required": True},
+        "rules": dict(rules_of_all_kinds(ORDER), required=True),
+        "state_dir": {"type": "path", "default": "/var/lib/microvm.reaper"},
+        "deadline": {"type": "float", "default": 300},
+    }
+
+
+def checked(plan):
+    """Return the plan, or raise ValueError when it is none."""
+    for key, kind in (("reap", list), ("ledger", dict), ("generation", int), ("realm", str)):
+        if not isinstance(plan.get(key), kind):
+            raise ValueError("'%s' is missing or no %s" % (key, kind.__name__))
+    for token in plan["reap"]:
+        if token.get("kind") not in BY_NAME:
+            raise ValueError("kind %r of %r is not known here" % (token.get("kind"), token.get("name")))
+        if not all(isinstance(token.get(key), str) for key in ("name", "vm_id", "identity")):
+            raise ValueError("a token without name, vm_id or identity: %.300r" % (token,))
+    return plan
+
+
+def summary(outcomes):
+    """Return one sentence for what failed."""
+    failed = [one for one in outcomes if one["outcome"] == r.FAILED]
+    items = "; ".join("%s %s: %s" % (one["kind"], one["name"], one["message"]) for one in failed)
+    return "%d of %d items failed: %s" % (len(failed), len(outcomes), items)
+
+
+def diff(outcomes):
+    """Return what was there and is not any more."""
+    gone = [one for one in outcomes if one["outcome"] in (r.REAPED, r.WOULD_REAP)]
+    before = "".join("%s %s\n" % (one["kind"], one["name"]) for one in gone)
+    return {"before_header": "leftovers of dead VMs", "after_header": "reaped", "before": before, "after": ""}
+
+
+def main():
+    """Carry out the plan."""
+    module = AnsibleModule(argument_spec=get_argument_spec(), supports_check_mode=True)
+    params = module.params
+    try:
+        plan = checked(params["plan"])
+    except ValueError as err:
+        module.fail_json(msg="not a plan of microvm.reaper.confirmed_orphans: %s" % err, outcomes=[])
+    if plan.get("refused"):
+        module.fail_json(msg="refused (%(code)s): %(message)s" % plan["refused"], outcomes=[], refused=plan["refused"])
+    host = Host(boottime() + params["deadline"])
+    try:
+        with acts.Hands(params["rules"], host, ORDER) as hands:
+            if module.check_mode:
+                outcomes = acts.foresee(plan["reap"], hands)
+            else:
+                outcomes = acts.apply(plan, hands, params["state_dir"], plan["realm"])
+    except Busy as err:
+        module.exit_json(changed=False, outcomes=[], busy=str(err))
+    except LedgerError as err:
+        module.fail_json(msg=str(err), outcomes=[])
+    result = {
+        "changed": any(one["outcome"] in (r.REAPED, r.WOULD_REAP) for one in outcomes),
+        "outcomes": outcomes,
+        "diff": diff(outcomes),
+    }
+    if any(one["outcome"] == r.FAILED for one in outcomes):
+        module.fail_json(msg=summary(outcomes), **result)
+    module.exit_json(**result)
+
+
+if __name__ == "__main__":
+    main()

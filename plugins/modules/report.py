@@ -1,0 +1,88 @@
+#!/usr/bin/python
+# Copyright: The microvm.reaper authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: report
+short_description: Show what came of a sweep
+version_added: 0.1.0
+author:
+  - The microvm.reaper authors
+description:
+  - Prints one table for all hosts of the batch, and writes the same as JSON with every family and every outcome.
+options:
+  realm:
+    description: The realm of the sweep.
+    type: str
+    required: true
+  variables:
+    description: The names of the variables that hold, on each host, what the steps before returned.
+    type: dict
+    required: true
+    suboptions:
+      gathered:
+        description: The result of M(microvm.reaper.vm_resource_facts).
+        type: str
+        required: true
+      manifest:
+        description: The result of M(microvm.reaper.live_manifest).
+        type: str
+        required: true
+      plan:
+        description: The plan.
+        type: str
+        required: true
+      brake:
+        description: The result of M(microvm.reaper.brake).
+        type: str
+        required: true
+      result:
+        description: The result of M(microvm.reaper.reap).
+        type: str
+        required: true
+  path:
+    description: Write the report as JSON to this file. Batches of one run share it.
+    type: path
+    default: ""
+attributes:
+  action:
+    description: Indicates this has a corresponding action plugin so some parts of the options can be executed on the controller.
+    support: full
+  check_mode:
+    description: Can run in check mode and return the same as otherwise.
+    support: full
+  diff_mode:
+    description: Will return details on what has changed (or possibly needs changing in check mode), when in diff mode.
+    support: none
+    details: Nothing is changed on any host.
+  platform:
+    description: Target OS/families that can be operated against.
+    support: full
+    platforms: all
+notes:
+  - Runs on the controller. Meant to be run once for a batch of hosts, with C(run_once).
+seealso:
+  - module: microvm.reaper.vm_resource_facts
+  - module: microvm.reaper.reap
+"""
+
+EXAMPLES = r"""
+- name: Report
+  microvm.reaper.report:
+    realm: prod
+    variables: {gathered: facts, manifest: live, plan: plan, brake: brake, result: result}
+  run_once: true
+"""
+
+RETURN = r"""
+report:
+  description: The report as text.
+  returned: always
+  type: str
+totals:
+  description: By host and kind, how many are live, suspected, confirmed, reaped, held, failed, and the bytes given back.
+  returned: always
+  type: dict
+"""

@@ -1,0 +1,141 @@
+#!/usr/bin/python
+# Copyright: The microvm.reaper authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: vm_resource_facts
+short_description: Gather everything on a host that belongs to VMs
+version_added: 0.1.0
+author:
+  - The microvm.reaper authors
+description:
+  - Reads all kinds of resources at the same time, and what the host remembers of earlier sweeps. Everything a plan needs to
+    know of the host, in one call.
+  - Plans are made of it by P(microvm.reaper.confirmed_orphans#filter) and carried out by M(microvm.reaper.reap).
+options:
+  realm:
+    description: The name of the control plane whose VMs these are.
+    type: str
+    required: true
+  state_dir:
+    description: Where the host keeps what it remembers.
+    type: path
+    default: /var/lib/microvm.reaper
+  packed:
+    description:
+      - Return the kinds as one string, C(packed), in place of C(kinds). The filters of this collection read both; Ansible
+        itself handles one string many times faster than thousands of records.
+    type: bool
+    default: false
+extends_documentation_fragment:
+  - microvm.reaper.rules
+  - microvm.reaper.rules.facts
+seealso:
+  - module: microvm.reaper.reap
+  - plugin: microvm.reaper.confirmed_orphans
+    plugin_type: filter
+"""
+
+EXAMPLES = r"""
+- name: Read what belongs to VMs of hyper
+  microvm.reaper.vm_resource_facts:
+    realm: prod
+    rules: "{{ lookup('microvm.reaper.rules', 'hyper') }}"
+
+- name: Show what belongs to no VM that runs
+  ansible.builtin.debug:
+    msg: "{{ ansible_facts.vm_resources | microvm.reaper.orphans(['vabc234']) }}"
+"""
+
+RETURN = r"""
+ansible_facts:
+  description: Facts to add to those of the host.
+  returned: always
+  type: dict
+  contains:
+    vm_resources:
+      description: Everything on the host that belongs to VMs.
+      type: dict
+      contains:
+        realm:
+          description: The realm asked for.
+          type: str
+        boot_id:
+          description: The kernel's id of this boot.
+          type: str
+        machine_id:
+          description: The id in /etc/machine-id.
+          type: str
+        boottime_seconds:
+          description: Seconds since boot, suspend included, when reading began.
+          type: float
+        ledger:
+          description: What the host remembers of earlier sweeps of this realm, among it its strikes.
+          type: dict
+        ledger_problem:
+          description: What is wrong with the ledger, null when nothing is.
+          type: str
+        generation:
+          description: How often the ledger has been written.
+          type: int
+        kinds:
+          description:
+            - By kind, C(status), C(reason), C(resources), C(foreign) and C(seconds), as in the fact modules of the kinds.
+            - Only the kinds that have rules.
+          type: dict
+        packed:
+          description: The same as C(kinds), in place of it, when O(packed) is true.
+          type: str
+      sample:
+        realm: prod
+        boot_id: 6a0f7a4e-6d65-4c8b-9f2e-55c1f0a7d4c1
+        machine_id: 2a2f0c1b6f0d4c0f9f0e1b2c3d4e5f60
+        boottime_seconds: 86412.118
+        generation: 3
+        ledger_problem:
+        ledger:
+          strikes: {}
+        kinds:
+          dm_thin:
+            status: absent
+            reason: the kernel has no device-mapper
+            resources: []
+            foreign: 0
+            seconds:
+"""
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.microvm.reaper.plugins.module_utils.all_kinds import ORDER
+from ansible_collections.microvm.reaper.plugins.module_utils.facts_module import rules_of_all_kinds
+from ansible_collections.microvm.reaper.plugins.module_utils.gather import gather, pack
+from ansible_collections.microvm.reaper.plugins.module_utils.ledger import LedgerError
+
+
+def get_argument_spec():
+    """Return the module's argument spec."""
+    return {
+        "realm": {"type": "str", "required": True},
+        "rules": dict(rules_of_all_kinds(ORDER), required=True),
+        "state_dir": {"type": "path", "default": "/var/lib/microvm.reaper"},
+        "deadline": {"type": "float", "default": 60},
+        "packed": {"type": "bool", "default": False},
+    }
+
+
+def main():
+    """Read the host."""
+    module = AnsibleModule(argument_spec=get_argument_spec(), supports_check_mode=True)
+    params = module.params
+    try:
+        facts = gather(ORDER, params["rules"], params["realm"], params["state_dir"], params["deadline"])
+    except LedgerError as err:
+        module.fail_json(msg=str(err))
+    if params["packed"]:
+        facts["packed"] = pack(facts.pop("kinds"))
+    module.exit_json(changed=False, ansible_facts={"vm_resources": facts})
+
+
+if __name__ == "__main__":
+    main()

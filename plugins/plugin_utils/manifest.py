@@ -1,0 +1,292 @@
+# Copyright: The microvm.reaper authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""The live manifest: which VMs live where, as one realm's control plane tells it, with proof that nothing is missing.
+
+check() takes one document as a source returned it and refuses it or returns it in one shape. union() joins those of
+several sources. Index keeps the result in a file that hands out each host's share, so that a manifest of a million VMs
+is never held by a plan.
+
+DOCUMENT ``{realm, generated_at, complete, vms: [{vm_id, host, state, also_on}]}`` and optionally ``source, epoch,
+count, sha256, hosts, tombstones: [{vm_id, destroyed_at}], proven``
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import os
+import sqlite3
+import time
+
+from ..module_utils.resource import VM_ID
+
+# Only these say that a VM is gone. A state that is not known here is a live one.
+TERMINAL_STATES = ("deleted", "destroyed", "saga_unwound", "terminated")
+FUTURE_SECONDS = 300
+
+
+class ManifestError(Exception):
+    """A source cannot be believed. ``code`` is one word for it, the text says what is wrong and where."""
+
+    def __init__(self, code, message):
+        super().__init__(message)
+        self.code = code
+
+
+def check(document, source, *, now, max_age, terminal_states=TERMINAL_STATES):
+    """Return one source's document as ``{realm, source, epoch, generated_at, count, proven, hosts, vms, tombstones}``.
+
+    ``vms`` is a list of ``(vm_id, [host])`` (no host: it lives everywhere), ``tombstones`` maps ids to the seconds since
+    they were destroyed, ``generated_at`` is in seconds since 1970. Raises ManifestError.
+    """
+    if not isinstance(document, dict):
+        raise ManifestError("not_a_manifest", "%s: a mapping was expected, not %s" % (source, type(document).__name__))
+    missing = [key for key in ("realm", "generated_at", "complete", "vms") if key not in document]
+    if missing:
+        raise ManifestError("not_a_manifest", "%s: the manifest has no %s" % (source, ", ".join(missing)))
+    generated_at = _instant(document["generated_at"], "%s: generated_at" % source)
+    _check_age(now - generated_at, max_age, source)
+    if document["complete"] is not True:
+        raise ManifestError("incomplete", "%s: the manifest does not call itself complete" % source)
+    if not isinstance(document["vms"], list):
+        raise ManifestError("not_a_manifest", "%s: 'vms' must be a list" % source)
+    vms, dead = _sorted_out(document["vms"], source, {state.lower() for state in terminal_states})
+    _check_count(document, source)
+    hosts = _hosts(document, vms, source)
+    tombstones = dict.fromkeys(dead)
+    for number, tombstone in enumerate(document.get("tombstones") or []):
+        where = "%s: tombstones[%d]" % (source, number)
+        vm_id = _vm_id(tombstone, where)
+        tombstones[vm_id] = now - _instant(tombstone["destroyed_at"], where) if tombstone.get("destroyed_at") else None
+    epoch = document.get("epoch")
+    if epoch is not None and (isinstance(epoch, bool) or not isinstance(epoch, (int, float))):
+        raise ManifestError("not_a_manifest", "%s: 'epoch' must be a number, not %r" % (source, epoch))
+    return {
+        "realm": _text(document["realm"], "%s: realm" % source),
+        "source": source,
+        "epoch": epoch,
+        "generated_at": generated_at,
+        "count": len({vm_id for vm_id, _hosts_of_it in vms}),
+        "proven": document.get("proven", True) is True,
+        "hosts": hosts,
+        "vms": vms,
+        "tombstones": tombstones,
+    }
+
+
+def union(manifests):
+    """Return one manifest for several of the same realm: what lives in any of them lives.
+
+    Hosts are those that any source speaks for; unknown as soon as one source does not say which it speaks for.
+    """
+    first = manifests[0]
+    others = [one for one in manifests if one["realm"] != first["realm"]]
+    if others:
+        raise ManifestError(
+            "other_realm",
+            "the live sources speak for different realms: %s for %r, %s for %r"
+            % (first["source"], first["realm"], others[0]["source"], others[0]["realm"]),
+        )
+    vms = [vm for one in manifests for vm in one["vms"]]
+    live = {vm_id for vm_id, _hosts_of_it in vms}
+    return {
+        "realm": first["realm"],
+        "source": ", ".join(one["source"] for one in manifests),
+        "epoch": first["epoch"] if len(manifests) == 1 else None,
+        "epochs": {one["source"]: one["epoch"] for one in manifests if one["epoch"] is not None},
+        "generated_at": min(one["generated_at"] for one in manifests),
+        "count": len(live),
+        "proven": all(one["proven"] for one in manifests),
+        "hosts": None if any(one["hosts"] is None for one in manifests) else sorted({
+            host for one in manifests for host in one["hosts"]
+        }),
+        "vms": vms,
+        "tombstones": {
+            vm_id: since for one in manifests for vm_id, since in one["tombstones"].items() if vm_id not in live
+        },
+    }
+
+
+def sha256(vm_ids):
+    """Return the checksum a manifest may carry: of its sorted, distinct ids, each followed by a newline."""
+    return hashlib.sha256("".join("%s\n" % vm_id for vm_id in sorted(set(vm_ids))).encode()).hexdigest()
+
+
+class Index:
+    """A manifest in a local file, asked for one host's share at a time."""
+
+    def __init__(self, path):
+        self.path = path
+
+    @classmethod
+    def write(cls, path, manifest):
+        """Write ``manifest`` (of union()) to the new file ``path``."""
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        os.close(descriptor)
+        connection = sqlite3.connect(path)
+        with connection:
+            connection.execute("PRAGMA journal_mode = OFF")
+            connection.execute("PRAGMA synchronous = OFF")
+            connection.execute("CREATE TABLE vm (vm_id TEXT, host TEXT, PRIMARY KEY (vm_id, host)) WITHOUT ROWID")
+            connection.execute("CREATE TABLE tombstone (vm_id TEXT PRIMARY KEY, since REAL) WITHOUT ROWID")
+            connection.execute("CREATE TABLE host (name TEXT PRIMARY KEY) WITHOUT ROWID")
+            connection.executemany(
+                "INSERT OR IGNORE INTO vm VALUES (?, ?)",
+                ((vm_id, host) for vm_id, hosts in manifest["vms"] for host in hosts or [""]),
+            )
+            connection.executemany("INSERT INTO tombstone VALUES (?, ?)", manifest["tombstones"].items())
+            connection.executemany("INSERT OR IGNORE INTO host VALUES (?)", ((name,) for name in manifest["hosts"] or []))
+        connection.close()
+        return cls(path)
+
+    def look_up(self, vm_ids, host, any_host_protects):
+        """Return ``{live, elsewhere, tombstones, host_listed}`` for these ids on this host.
+
+        ``any_host_protects``: the manifest does not say which hosts it speaks for, so a VM that is named on another one
+        may be here all the same under a name of this host that we do not know.
+        """
+        live, elsewhere, tombstones = set(), {}, {}
+        connection = sqlite3.connect("file:%s?mode=ro" % self.path, uri=True)
+        try:
+            ids = sorted(vm_ids)
+            for begin in range(0, len(ids), 500):
+                part = ids[begin:begin + 500]
+                marks = ",".join("?" * len(part))
+                for vm_id, where in connection.execute("SELECT vm_id, host FROM vm WHERE vm_id IN (%s)" % marks, part):
+                    if any_host_protects or where in ("", host):
+                        live.add(vm_id)
+                    else:
+                        elsewhere.setdefault(vm_id, []).append(where)
+                tombstones.update(
+                    connection.execute("SELECT vm_id, since FROM tombstone WHERE vm_id IN (%s)" % marks, part)
+                )
+            listed = connection.execute("SELECT 1 FROM host WHERE name = ?", (host,)).fetchone() is not None
+        finally:
+            connection.close()
+        return {
+            "live": sorted(live),
+            "elsewhere": {vm_id: sorted(hosts) for vm_id, hosts in sorted(elsewhere.items()) if vm_id not in live},
+            "tombstones": tombstones,
+            "host_listed": listed,
+        }
+
+
+def handle(manifest, path):
+    """Write the index of ``manifest`` to ``path``; return the small HANDLE that plans are made with.
+
+    HANDLE ``{realm, source, epoch, epochs, generated_at, count, proven, names_hosts, index}``
+    """
+    Index.write(path, manifest)
+    kept = ("realm", "source", "epoch", "epochs", "generated_at", "count", "proven")
+    return dict(
+        {key: manifest[key] for key in kept}, names_hosts=manifest["hosts"] is not None, index=path
+    )
+
+
+def share(manifest_handle, host, vm_ids):
+    """Return what the planner needs to know of the manifest: this host's share, and only the ids asked for."""
+    found = Index(manifest_handle["index"]).look_up(vm_ids, host, not manifest_handle["names_hosts"])
+    listed = found.pop("host_listed")
+    return dict(manifest_handle, **found, host_known=listed or not manifest_handle["names_hosts"])
+
+
+def _check_age(age, max_age, source):
+    if age > max_age:
+        raise ManifestError(
+            "stale",
+            "%s: the manifest is %d s old, more than reap_manifest_max_age=%d" % (source, age, max_age),
+        )
+    if age < -FUTURE_SECONDS:
+        raise ManifestError(
+            "from_the_future",
+            "%s: the manifest was generated %d s in the future; compare the clocks" % (source, -age),
+        )
+
+
+def _check_count(document, source):
+    ids = [vm["vm_id"] for vm in document["vms"]]
+    count = document.get("count")
+    if count is not None and count != len(ids):
+        raise ManifestError("incomplete", "%s: 'count' is %r, but %d VMs are listed" % (source, count, len(ids)))
+    checksum = document.get("sha256")
+    if checksum is not None and checksum != sha256(ids):
+        raise ManifestError("incomplete", "%s: 'sha256' does not belong to the VMs that are listed" % source)
+
+
+def _sorted_out(entries, source, terminal_states):
+    """Return ``([(vm_id, [host])], {ids in a terminal state})``."""
+    vms, dead = [], set()
+    for number, vm in enumerate(entries):
+        where = "%s: vms[%d]" % (source, number)
+        vm_id = _vm_id(vm, where)
+        state = vm.get("state")
+        if state is not None and _text(state, where + ".state").lower() in terminal_states:
+            dead.add(vm_id)
+            continue
+        also_on = vm.get("also_on") or []
+        if not isinstance(also_on, list):
+            raise ManifestError("not_a_manifest", "%s: 'also_on' must be a list of hosts" % where)
+        if vm.get("host") is None:
+            vms.append((vm_id, []))
+        else:
+            vms.append((vm_id, [_text(host, where + ".host") for host in [vm["host"]] + also_on]))
+    live = {vm_id for vm_id, _hosts_of_it in vms}
+    return vms, dead - live
+
+
+def _hosts(document, vms, source):
+    """Return the hosts that the source speaks for, None where it does not say."""
+    hosts = document.get("hosts")
+    if hosts is None:
+        return None
+    if not isinstance(hosts, list):
+        raise ManifestError("not_a_manifest", "%s: 'hosts' must be a list of names" % source)
+    known = {_text(host, "%s: hosts" % source) for host in hosts}
+    for vm_id, where in vms:
+        strange = [host for host in where if host not in known]
+        if strange:
+            raise ManifestError(
+                "unknown_host",
+                "%s: the VM %s is on host %r, which is not in the manifest's hosts; a host that goes by two names "
+                "would look empty" % (source, vm_id, strange[0]),
+            )
+    return sorted(known)
+
+
+def _vm_id(entry, where):
+    if not isinstance(entry, dict) or not isinstance(entry.get("vm_id"), str):
+        raise ManifestError("not_a_manifest", "%s: a mapping with a text 'vm_id' was expected: %.200r" % (where, entry))
+    if not VM_ID.fullmatch(entry["vm_id"]):
+        raise ManifestError(
+            "not_a_manifest",
+            "%s: %.200r cannot be the id of a VM (letters, digits and ._:@+- after the first, at most 128)"
+            % (where, entry["vm_id"]),
+        )
+    return entry["vm_id"]
+
+
+def _text(value, where):
+    if not isinstance(value, str) or not value:
+        raise ManifestError("not_a_manifest", "%s: a text was expected, not %r" % (where, value))
+    return value
+
+
+def _instant(value, where):
+    """Return seconds since 1970 of a number or of an ISO 8601 text with a time zone."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, datetime.datetime):
+        parsed = value
+    else:
+        try:
+            parsed = datetime.datetime.fromisoformat(_text(value, where).replace("Z", "+00:00"))
+        except ValueError as err:
+            raise ManifestError("not_a_manifest", "%s: not an instant: %r" % (where, value)) from err
+    if parsed.tzinfo is None:
+        raise ManifestError("not_a_manifest", "%s: %s has no time zone; write for example %sZ" % (where, value, value))
+    return parsed.timestamp()
+
+
+def now():
+    """Return seconds since 1970, for the doors; nothing else here looks at a clock."""
+    return time.time()

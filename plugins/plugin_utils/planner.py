@@ -1,0 +1,522 @@
+# Copyright: The microvm.reaper authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""Decides, for one host, what is a confirmed orphan: a pure function of what it is given.
+
+No input or output, no clock, no randomness: the same facts, share of the manifest and policy give the same plan, to
+the byte, whatever the order of their keys. All that is safe about the reaper is decided here and tested here.
+
+The rules, in the order in which they are applied:
+
+1. A host whose inputs cannot be trusted is refused: nothing is removed and no strike changes.
+2. The resources of one VM are one family. A family is judged as a whole: live, held, disputed, suspected, confirmed.
+3. A family is confirmed when every member was seen, as the same object, in as many sweeps as the policy asks for.
+4. A member of a confirmed family goes unless it is held (somebody refers to it) or unknown (what could hold it could
+   not be read).
+5. More than the caps allow: the whole plan is refused. It is never cut short.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+
+LIVE = "live"
+SUSPECTED = "suspected"
+CONFIRMED = "confirmed"
+DISPUTED = "disputed"
+HELD = "held"
+UNKNOWN = "unknown"
+VERDICTS = (LIVE, SUSPECTED, CONFIRMED, DISPUTED, HELD, UNKNOWN)
+
+TOMBSTONED = "tombstoned"
+ABSENT = "absent"
+UNPROVEN = "unproven"
+
+RUNNING_POLICIES = ("never", TOMBSTONED, CONFIRMED)
+ZOMBIE_POLICIES = ("report", "notify_parent")
+
+DEFAULT_POLICY = {
+    "realm": None,
+    "host": None,
+    "strikes": 2,
+    "strike_interval": 60,
+    "min_age": 60,
+    "running": TOMBSTONED,
+    "zombies": "notify_parent",
+    "keep": [],
+    "expect_empty": "",
+    "max_per_host": 100,
+    "max_percent_per_host": 50,
+    "max_shrink_percent": 50,
+    "percent_floor": 10,
+}
+
+
+class PolicyError(ValueError):
+    """A value of the policy is impossible; the text names the variable."""
+
+
+def complete_policy(policy):
+    """Return ``policy`` with the defaults filled in; raises PolicyError for what cannot be meant."""
+    unknown = sorted(set(policy) - set(DEFAULT_POLICY))
+    if unknown:
+        raise PolicyError("unknown key(s) in the policy: %s" % ", ".join(unknown))
+    full = dict(DEFAULT_POLICY, **policy)
+    for key in ("realm", "host"):
+        if not isinstance(full[key], str) or not full[key]:
+            raise PolicyError("policy: '%s' must be a name, not %r" % (key, full[key]))
+    _number(full, "strikes", 2)
+    for key in ("strike_interval", "min_age", "max_per_host", "percent_floor"):
+        _number(full, key, 0)
+    for key in ("max_percent_per_host", "max_shrink_percent"):
+        _number(full, key, 0, 100)
+    for key, allowed in (("running", RUNNING_POLICIES), ("zombies", ZOMBIE_POLICIES)):
+        if full[key] not in allowed:
+            raise PolicyError("reap_%s must be one of %s, not %r" % (key, ", ".join(allowed), full[key]))
+    if not isinstance(full["keep"], list) or not all(isinstance(pattern, str) for pattern in full["keep"]):
+        raise PolicyError("reap_keep must be a list of VM ids or glob patterns, not %r" % (full["keep"],))
+    return full
+
+
+def plan(facts, share, policy, kinds):
+    """Return the PLAN of one host.
+
+    facts   what gather read: ``{realm, boot_id, machine_id, boottime_seconds, ledger, ledger_problem, kinds}``
+    share   what the live manifest says of this host and of the ids in the facts: ``{realm, source, epoch, epochs,
+            generated_at, count, proven, host_known, live: [vm_id], elsewhere: {vm_id: [host]},
+            tombstones: {vm_id: seconds since destroyed, or null}}``
+    policy  see DEFAULT_POLICY
+    kinds   ``{kind: {order, stops, depends_on, resumes}}``
+
+    PLAN    ``{host, realm, manifest, refused, families, reap, ledger, ledger_changed, generation, counts, notices}``
+    """
+    policy = complete_policy(policy)
+    resources = _resources(facts, kinds)
+    refused = _refuse(facts, share, policy, resources)
+    if refused:
+        return _plan(facts, share, policy, refused=refused, counts=_counts(facts, {}, [], UNKNOWN))
+    judge = _Judge(facts, share, policy, kinds)
+    families = {vm_id: judge.family(vm_id, members) for vm_id, members in _by_family(resources)}
+    judge.keep_unseen_strikes()
+    tokens = _tokens(families, kinds, judge)
+    resumed, kept, notices = _intents(facts, share, kinds, resources)
+    tokens = _in_order(tokens + resumed, kinds)
+    refused = _over_cap(families, tokens, policy)
+    counts = _counts(facts, families, tokens)
+    if refused:
+        return _plan(facts, share, policy, refused=refused, families=families, counts=counts)
+    ledger = {
+        "host": policy["host"],
+        "machine_id": facts["machine_id"],
+        "manifest": _remembered(facts["ledger"]["manifest"], share),
+        "strikes": judge.strikes,
+        "intents": kept,
+    }
+    return _plan(
+        facts, share, policy, families=families, tokens=tokens, ledger=ledger, counts=counts, notices=notices
+    )
+
+
+def is_permitted(running, evidence):
+    """Tell whether the policy ``running`` lets a running thing be ended on this evidence."""
+    return running == CONFIRMED and evidence != UNPROVEN or running == TOMBSTONED and evidence == TOMBSTONED
+
+
+def _number(policy, key, least, most=None):
+    value = policy[key]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < least or most and value > most:
+        bounds = "at least %s" % least if most is None else "between %s and %s" % (least, most)
+        raise PolicyError("reap_%s must be a number, %s, not %r" % (key, bounds, value))
+
+
+def _resources(facts, kinds):
+    return [
+        resource
+        for kind in sorted(kinds, key=lambda kind: kinds[kind]["order"])
+        for resource in sorted(
+            facts["kinds"].get(kind, {}).get("resources", []), key=lambda resource: resource["name"]
+        )
+    ]
+
+
+def _by_family(resources):
+    members = {}
+    for resource in resources:
+        members.setdefault(resource["vm_id"], []).append(resource)
+    return sorted(members.items())
+
+
+# --- 1. what makes a host's inputs untrustworthy -----------------------------------------------------------------
+
+
+def _refuse(facts, share, policy, resources):
+    """Return None or ``{code, message}``. Where there is nothing to decide about, an empty list cannot do harm."""
+    ledger, host, realm = facts["ledger"], policy["host"], policy["realm"]
+    something = bool(resources or ledger["strikes"] or ledger["intents"])
+    if facts["realm"] != realm or share["realm"] != realm:
+        return _refusal(
+            "other_realm",
+            "the sweep is for realm %r, the facts are of %r and the live source speaks for %r"
+            % (realm, facts["realm"], share["realm"]),
+        )
+    if ledger["machine_id"] not in (None, facts["machine_id"]):
+        return _refusal(
+            "machine_id_changed",
+            "this host's ledger was written by machine %s, but this is machine %s: a cloned or replaced host; remove "
+            "the ledger by hand if that is intended" % (ledger["machine_id"], facts["machine_id"]),
+        )
+    if ledger["host"] not in (None, host):
+        return _refusal(
+            "host_renamed",
+            "this host is bound to the name %r, but is called %r now (reap_host_id); remove the ledger by hand if that "
+            "is intended" % (ledger["host"], host),
+        )
+    if something and not share["host_known"]:
+        return _refusal("host_unknown", "the live source does not know the host %r, so it cannot speak for it" % host)
+    if share["count"] == 0 and something and policy["expect_empty"] != realm:
+        return _refusal(
+            "blind",
+            "the live source lists no VM at all while this host has things of VMs; if realm %r is really empty, say so "
+            "with reap_expect_empty=%s" % (realm, realm),
+        )
+    return _goes_back(ledger["manifest"], share, policy)
+
+
+def _goes_back(remembered, share, policy):
+    for source, epoch in sorted(share["epochs"].items()):
+        last = remembered["epochs"].get(source, epoch)
+        if epoch < last:
+            return _refusal(
+                "epoch_went_back",
+                "the live source %s is at epoch %s, but this host has seen epoch %s: a stale copy" % (source, epoch, last),
+            )
+    last = remembered["count"]
+    if last is None or last <= policy["percent_floor"] or policy["expect_empty"] == policy["realm"]:
+        return None
+    lost = 100 * (last - share["count"]) / last
+    if lost > policy["max_shrink_percent"]:
+        return _refusal(
+            "shrunk",
+            "the live source listed %d VMs at the last sweep and lists %d now (%d %% fewer, reap_max_shrink_percent is "
+            "%d)" % (last, share["count"], lost, policy["max_shrink_percent"]),
+        )
+    return None
+
+
+def _refusal(code, message):
+    return {"code": code, "message": message}
+
+
+# --- 2. and 3. what a family is ----------------------------------------------------------------------------------
+
+
+class _Judge:
+    """Judges families one by one and collects the strikes that the ledger is to remember."""
+
+    def __init__(self, facts, share, policy, kinds):
+        self.facts = facts
+        self.share = share
+        self.policy = policy
+        self.live = set(share["live"])
+        self.unreadable = {kind: _unreadable(facts, kind, kinds) for kind in kinds}
+        self.strikes = {}
+
+    def family(self, vm_id, members):
+        """Return ``{verdict, evidence, strikes, reasons, resources}``; members are judged in ``resources``."""
+        if vm_id in self.live:
+            return self._all(members, LIVE)
+        evidence = self._evidence(vm_id)
+        hold = self._held(vm_id, members)
+        if hold:
+            return self._all(members, HELD, hold, evidence)
+        running = [member for member in members if member["in_use"]]
+        if running and not is_permitted(self.policy["running"], evidence):
+            return self._all(members, DISPUTED, [self._still_running(running[0], evidence)], evidence)
+        return self._struck(vm_id, members, evidence)
+
+    def _struck(self, vm_id, members, evidence):
+        """Give every member that could be read its strike; the family has as many as the member with the fewest."""
+        strikes = [self._strike(member) for member in members if not self.unreadable[member["kind"]]]
+        fewest = min(strikes) if strikes else 0
+        reasons = [self._why(vm_id, evidence)]
+        verdict = CONFIRMED if fewest >= self.policy["strikes"] else SUSPECTED
+        if verdict == CONFIRMED and evidence == UNPROVEN:
+            verdict = SUSPECTED
+            reasons.append(_reason("unproven", "the live source did not prove that its list is complete"))
+        family = self._all(members, verdict, reasons, evidence, strikes=fewest)
+        for judged in family["resources"]:
+            why = self.unreadable[judged["kind"]]
+            if why:
+                self._keep_strike(judged)
+                judged.update(verdict=UNKNOWN, reasons=[_reason("unreadable", why)])
+        return family
+
+    def _strike(self, member):
+        """Count this sweep for one member, if it is far enough from the last one; return its strikes."""
+        key = _key(member)
+        before = self.facts["ledger"]["strikes"].get(key)
+        now, boot_id = self.facts["boottime_seconds"], self.facts["boot_id"]
+        strike = {"identity": member["identity"], "vm_id": member["vm_id"], "boot_id": boot_id}
+        if not before or before["identity"] != member["identity"] or before["vm_id"] != member["vm_id"]:
+            strike.update(strikes=1, first=now, last=now)
+        elif before["boot_id"] != boot_id:
+            # What outlived a reboot keeps one strike; the second is counted from the boot on, on the new clock.
+            strike.update(strikes=min(before["strikes"], 1), first=0, last=0)
+        else:
+            strike.update(strikes=before["strikes"], first=before["first"], last=before["last"])
+        if (
+            strike["strikes"] < self.policy["strikes"]
+            and now - strike["last"] >= self.policy["strike_interval"]
+            and strike["last"] != now
+        ):
+            strike.update(strikes=strike["strikes"] + 1, last=now)
+        self.strikes[key] = strike
+        # An unknown age counts as young: until it has been watched for as long as the policy asks, it is one short.
+        watched = now - strike["first"] >= self.policy["min_age"]
+        return strike["strikes"] if watched else min(strike["strikes"], self.policy["strikes"] - 1)
+
+    def _keep_strike(self, member):
+        before = self.facts["ledger"]["strikes"].get(_key(member))
+        if before:
+            self.strikes[_key(member)] = before
+
+    def keep_unseen_strikes(self):
+        """What a kind that could not be read has earned before stays earned: it was not seen live, nor gone."""
+        for key, strike in self.facts["ledger"]["strikes"].items():
+            entry = self.facts["kinds"].get(key.split(" ", 1)[0])
+            if entry and entry["status"] == "unavailable" and strike["vm_id"] not in self.live:
+                self.strikes.setdefault(key, strike)
+
+    def _evidence(self, vm_id):
+        if not self.share["proven"]:
+            return UNPROVEN
+        return TOMBSTONED if vm_id in self.share["tombstones"] else ABSENT
+
+    def _held(self, vm_id, members):
+        """Return the reasons for which the whole family has to wait, without a strike."""
+        for pattern in self.policy["keep"]:
+            if fnmatch.fnmatchcase(vm_id, pattern):
+                return [_reason("pinned", "reap_keep names it (%s)" % pattern)]
+        since = self.share["tombstones"].get(vm_id)
+        if since is not None and since < self.policy["min_age"]:
+            return [_reason("recently_destroyed", "destroyed %d s ago; its platform may still be cleaning" % since)]
+        for member in members:
+            if member["age_seconds"] is not None and member["age_seconds"] < self.policy["min_age"]:
+                return [
+                    _reason(
+                        "too_young",
+                        "%s %s is %d s old (reap_min_age is %d)"
+                        % (member["kind"], member["name"], member["age_seconds"], self.policy["min_age"]),
+                    )
+                ]
+        return []
+
+    def _still_running(self, member, evidence):
+        return _reason(
+            "running",
+            "%s %s is in use although the VM is %s; reap_running is %s"
+            % (member["kind"], member["name"], evidence, self.policy["running"]),
+        )
+
+    def _why(self, vm_id, evidence):
+        if evidence == TOMBSTONED:
+            return _reason(TOMBSTONED, "the live source says that the VM was destroyed")
+        elsewhere = self.share["elsewhere"].get(vm_id)
+        if elsewhere:
+            return _reason("elsewhere", "the VM lives on %s, not here" % ", ".join(elsewhere))
+        return _reason(ABSENT, "the live source does not list the VM")
+
+    @staticmethod
+    def _all(members, verdict, reasons=(), evidence=None, strikes=0):
+        return {
+            "verdict": verdict,
+            "evidence": evidence,
+            "strikes": strikes,
+            "reasons": list(reasons),
+            "resources": [dict(member, verdict=verdict, reasons=[]) for member in members],
+        }
+
+
+def _unreadable(facts, kind, kinds):
+    """Return why a resource of the kind cannot be judged on this host, or None. A kind not asked for cannot fail."""
+    for needed in [kind] + kinds[kind]["depends_on"]:
+        entry = facts["kinds"].get(needed)
+        if entry and entry["status"] not in ("ok", "absent"):
+            return "%s could not be read: %s" % (needed, entry.get("reason") or entry["status"])
+    return None
+
+
+def _key(resource):
+    return "%s %s" % (resource["kind"], resource["name"])
+
+
+def _reason(code, text):
+    return {"code": code, "text": text}
+
+
+# --- 4. what may go ----------------------------------------------------------------------------------------------
+
+
+def _tokens(families, kinds, judge):
+    """Return the tokens of the confirmed families and mark what is held by something that stays."""
+    going = {}
+    for family in families.values():
+        if family["verdict"] != CONFIRMED:
+            continue
+        stops = any(_stops(member, kinds) for member in family["resources"] if member["verdict"] == CONFIRMED)
+        for member in family["resources"]:
+            if member["verdict"] != CONFIRMED:
+                continue
+            if member["in_use"] and not stops:
+                _hold(member, "busy", "it is in use, by nothing that belongs to the VM and could be stopped")
+            elif member["kind"] == "zombie" and judge.policy["zombies"] == "report":
+                _hold(member, "zombie", "only its parent %s can reap it (reap_zombies is report)" % member["parent"])
+            else:
+                going[_key(member)] = member
+    _hold_back(going)
+    return [_token(member, kinds) for member in going.values()]
+
+
+def _hold_back(going):
+    """Take out of ``going`` what is held by anything that stays, until nothing more has to be taken out."""
+    held = True
+    while held:
+        held = [
+            (key, holder)
+            for key, member in going.items()
+            for holder in member["holders"][:]
+            if not ("kind" in holder and _key(holder) in going)
+        ]
+        for key, holder in held:
+            if key in going:
+                _hold(going.pop(key), holder["type"], "held by %s %s" % (holder["type"], holder["name"]))
+
+
+def _hold(member, code, text):
+    member.update(verdict=HELD, reasons=[_reason(code, text)])
+
+
+def _stops(member, kinds):
+    return member["in_use"] and kinds[member["kind"]]["stops"]
+
+
+def _token(member, kinds):
+    return {
+        "kind": member["kind"],
+        "name": member["name"],
+        "vm_id": member["vm_id"],
+        "identity": member["identity"],
+        "parent": member["parent"],
+        "stop": _stops(member, kinds),
+        "details": member["details"],
+    }
+
+
+def _in_order(tokens, kinds):
+    """Return the tokens in removal order: by kind, and within a kind children before parents."""
+    by_key = {_key(token): token for token in tokens}
+
+    def depth(token):
+        steps, seen = 0, set()
+        while token is not None and _key(token) not in seen:
+            seen.add(_key(token))
+            token = by_key.get("%s %s" % (token["kind"], token.get("parent")))
+            steps += 1
+        return steps
+
+    return sorted(tokens, key=lambda token: (kinds[token["kind"]]["order"], -depth(token), token["name"]))
+
+
+def _intents(facts, share, kinds, resources):
+    """Return ``(tokens to finish, intents to keep, notices)`` for the removals that were cut short.
+
+    Only some kinds can be half removed in a way that no later look shows; those tokens are planned again as they were,
+    and the kind itself proves that the object is still the same.
+    """
+    finish, keep, notices = [], [], []
+    present = {_key(resource) for resource in resources}
+    for token in facts["ledger"]["intents"]:
+        kind = kinds.get(token["kind"])
+        if not kind or not kind.get("resumes") or _key(token) in present:
+            continue
+        if token["vm_id"] in share["live"]:
+            notices.append(
+                "the removal of %s was cut short by an earlier end of the reaper, and its VM %s is live now: left alone"
+                % (_key(token), token["vm_id"])
+            )
+        elif _unreadable(facts, token["kind"], kinds) or facts["kinds"].get(token["kind"], {}).get("status") != "ok":
+            keep.append(token)
+        else:
+            finish.append(dict(token, stop=False, resume=True))
+    return finish, keep, notices
+
+
+# --- 5. caps, counts, and the plan itself ------------------------------------------------------------------------
+
+
+def _over_cap(families, tokens, policy):
+    """Refuse a plan that takes more VMs than the caps allow; percentages say nothing about a handful of VMs."""
+    doomed = len({token["vm_id"] for token in tokens})
+    if doomed > policy["max_per_host"]:
+        return _refusal(
+            "host_cap",
+            "%d VMs would be reaped on this host, more than reap_max_per_host=%d" % (doomed, policy["max_per_host"]),
+        )
+    percent = 100 * doomed / len(families) if families else 0
+    if doomed > policy["percent_floor"] and percent > policy["max_percent_per_host"]:
+        return _refusal(
+            "host_cap",
+            "%d of %d VMs (%d %%) would be reaped on this host, more than reap_max_percent_per_host=%d"
+            % (doomed, len(families), percent, policy["max_percent_per_host"]),
+        )
+    return None
+
+
+def _remembered(before, share):
+    """What the host remembers of the manifest: the highest epoch of each source, and the last good count."""
+    return {"epochs": dict(before["epochs"], **share["epochs"]), "count": share["count"]}
+
+
+def _counts(facts, families, tokens, verdict=None):
+    """Return ``{kind: {total, foreign, bytes, <verdict>: n}}``; with ``verdict`` everything counts as that."""
+    counts = {}
+    for kind, entry in facts["kinds"].items():
+        counts[kind] = dict.fromkeys(VERDICTS, 0)
+        counts[kind].update(foreign=entry.get("foreign", 0), status=entry["status"], reap=0)
+        if verdict:
+            counts[kind][verdict] = len(entry.get("resources", []))
+    for family in families.values():
+        for member in family["resources"]:
+            counts[member["kind"]][member["verdict"]] += 1
+    for token in tokens:
+        counts[token["kind"]]["reap"] += 1
+    return counts
+
+
+def _plan(facts, share, policy, *, refused=None, families=None, tokens=(), ledger=None, counts=None, notices=()):
+    families = families or {}
+    before = facts["ledger"]
+    ledger = ledger or {key: before[key] for key in ("host", "machine_id", "manifest", "strikes", "intents")}
+    return {
+        "host": policy["host"],
+        "realm": policy["realm"],
+        "manifest": {key: share.get(key) for key in ("source", "epoch", "count", "generated_at")},
+        "refused": refused,
+        "families": {
+            vm_id: dict(family, resources=[_brief(member) for member in family["resources"]])
+            for vm_id, family in sorted(families.items())
+            if family["verdict"] != LIVE
+        },
+        "vms": {
+            verdict: sum(1 for family in families.values() if family["verdict"] == verdict) for verdict in VERDICTS
+        },
+        "reap": list(tokens),
+        "ledger": ledger,
+        "ledger_changed": any(ledger[key] != before[key] for key in ledger),
+        "generation": before["generation"],
+        "counts": {kind: counts[kind] for kind in sorted(counts)},
+        "notices": sorted(notices) + ([facts["ledger_problem"]] if facts.get("ledger_problem") else []),
+    }
+
+
+def _brief(member):
+    return {key: member[key] for key in ("kind", "name", "verdict", "reasons", "bytes", "holders")}
