@@ -26,7 +26,7 @@ reap: $(READY) ## run one sweep: ARGS="--check --diff -l rack1"
 	@$(BIN)/ansible-playbook playbooks/reap.yml $(ARGS)
 
 .PHONY: test
-test: $(READY_DEV) packages ## run every test
+test: packages ## run every test
 	@$(RUN) $(PARTS)
 
 .PHONY: test-fast
@@ -45,14 +45,14 @@ lint docs unit simulator: $(READY_DEV)
 sanity: ## run ansible-test sanity on the built artifact
 scenarios: ## run the molecule scenarios: containers, and hosts with kernels of their own
 integration: ## run the tests against real daemons and the test hosts
-sanity scenarios integration: $(READY_DEV) packages
+sanity scenarios integration: packages
 	@$(RUN) $@ -- $(ARGS)
 
 .PHONY: docs-check
 docs-check: docs
 
 .PHONY: packages
-packages: ## install the Debian packages the tests need
+packages: $(READY_DEV) ## install the Debian packages the tests need
 	@$(BIN)/python tests/packages.py bindep.txt
 
 .PHONY: demo

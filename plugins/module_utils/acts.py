@@ -8,6 +8,8 @@ one, with what is left of them. A reaper that is killed between leaves its inten
 
 from __future__ import annotations
 
+import contextlib
+
 from . import ledger as ledgers
 from . import resource as r
 from .probe import DeadlineExceeded, ProbeError, Worker
@@ -40,9 +42,11 @@ class Hands:
         try:
             return self._call(kind, act, token)
         except DeadlineExceeded as err:
-            return r.outcome(token, r.FAILED, "%s hung: %s" % (act, err))
-        except ProbeError as err:
-            return r.outcome(token, r.FAILED, str(err))
+            failed = r.outcome(token, r.FAILED, "%s hung: %s" % (act, err))
+        except (ProbeError, OSError) as err:
+            failed = r.outcome(token, r.FAILED, str(err))
+        # Nobody knows how far a removal came that did not answer, so it stays an intent.
+        return dict(failed, unfinished=True) if act == "remove" else failed
 
     def prepare(self, tokens):
         """Return the tokens with what their kinds add, before an act, to prove after a crash what they were."""
@@ -52,7 +56,7 @@ class Hands:
             if mine and hasattr(module, "prepare"):
                 try:
                     added[kind] = self._call(kind, "prepare", mine)
-                except ProbeError:
+                except (ProbeError, OSError):
                     pass  # without it a removal that is cut short has to be finished by a person
         return [
             dict(token, details=dict(token["details"], **added.get(token["kind"], {}).get(token["name"], {})))
@@ -92,7 +96,19 @@ def carry_out(tokens, hands, order):
 
 def foresee(tokens, hands):
     """Return the OUTCOMEs of check mode: what would be done, as far as looking can tell. Changes nothing."""
-    return [hands.do("inspect", token) or r.outcome(token, r.WOULD_REAP) for token in tokens]
+    going = {_key(token) for token in tokens}
+    stopping = {token["vm_id"] for token in tokens if token["stop"]}
+    return [_foreseen(token, hands.do("inspect", token), going, stopping) for token in tokens]
+
+
+def _foreseen(token, found, going, stopping):
+    """What is in the way only until an earlier act of the plan is not in the way."""
+    if found is None:
+        return r.outcome(token, r.WOULD_REAP)
+    goes_first = found["holders"] and all("kind" in holder and _key(holder) in going for holder in found["holders"])
+    if found["outcome"] == r.DEFERRED and (goes_first or token["vm_id"] in stopping):
+        return r.outcome(token, r.WOULD_REAP)
+    return found
 
 
 def apply(plan, hands, state_dir, realm):
@@ -106,11 +122,18 @@ def apply(plan, hands, state_dir, realm):
             )
         tokens = hands.prepare(plan["reap"])
         kept = plan["ledger"]["intents"]
-        ledger = ledgers.save(state_dir, realm, dict(ledger, **dict(plan["ledger"], intents=kept + tokens)))
+        try:
+            ledger = ledgers.save(state_dir, realm, dict(ledger, **dict(plan["ledger"], intents=kept + tokens)))
+        except ledgers.LedgerError as err:
+            raise ledgers.LedgerError(
+                "%s; nothing was removed, because a sweep that cannot remember must not reap" % err
+            ) from err
         if not tokens:
             return []
         outcomes = carry_out(tokens, hands, list(hands.kinds))
-        ledgers.save(state_dir, realm, settled(ledger, kept, tokens, outcomes))
+        # What was done has to be told even if it cannot be written down: the intents stay, the next sweep settles them.
+        with contextlib.suppress(ledgers.LedgerError):
+            ledgers.save(state_dir, realm, settled(ledger, kept, tokens, outcomes))
         return outcomes
 
 
@@ -119,7 +142,12 @@ def settled(ledger, kept, tokens, outcomes):
     by_key = {_key(one): one for one in outcomes}
     gone = {key for key, one in by_key.items() if one["outcome"] in (r.REAPED, r.ALREADY_GONE, r.IDENTITY_CHANGED)}
     strikes = {key: strike for key, strike in ledger["strikes"].items() if key not in gone}
-    unfinished = [token for token in tokens if by_key[_key(token)].get("unfinished")]
+    # What was begun by an earlier reaper stays begun until it is gone, whatever is in its way today.
+    unfinished = [
+        token
+        for token in tokens
+        if by_key[_key(token)].get("unfinished") or token.get("resume") and _key(token) not in gone
+    ]
     return dict(ledger, strikes=strikes, intents=kept + unfinished)
 
 

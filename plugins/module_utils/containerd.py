@@ -15,11 +15,11 @@ import time
 
 from . import grpc
 from . import resource as r
-from .grpc import FailedPrecondition, NotFound
+from .grpc import CallError, FailedPrecondition, NotFound
 from .probe import Absent, ProbeError
 from .protobuf import INT, LABELS, TEXT, ProtobufError, decode, encode
 
-__all__ = ["FailedPrecondition", "NotFound"]  # what kinds catch, beside what is below
+__all__ = ["CallError", "FailedPrecondition", "NotFound"]  # what kinds catch, beside what is below
 
 ADDRESS = "/run/containerd/containerd.sock"
 RULE = {

@@ -27,8 +27,9 @@ def gather(kinds, rules, realm, state_dir, seconds):
     ``kinds`` are the modules of the kinds, ``rules`` their rules by name; a kind without rules is not read.
     """
     host = Host(boottime() + seconds)
-    found = collect_all([kind for kind in kinds if rules.get(kind.KIND)], rules, host)
+    # Before the kinds: what another reaper does from here on makes its generation, and the plan made of this, void.
     ledger, problem = ledgers.load(state_dir, realm)
+    found = collect_all([kind for kind in kinds if rules.get(kind.KIND)], rules, host)
     return {
         "realm": realm,
         "boot_id": host.boot_id,

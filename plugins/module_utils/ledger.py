@@ -18,9 +18,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import re
 import stat
+
+from .resource import VM_ID
 
 VERSION = 1
 MAX_BYTES = 64 * 1024 * 1024
@@ -73,8 +76,8 @@ def load(state_dir, realm):
     try:
         if len(data) > MAX_BYTES:
             raise ValueError("larger than %d bytes" % MAX_BYTES)
-        return _checked(json.loads(data.decode()), realm), None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
+        return checked(json.loads(data.decode()), realm), None
+    except (ValueError, RecursionError) as err:
         return empty(realm), "the ledger %s is corrupt (%s); all strikes start again" % (path, err)
 
 
@@ -95,10 +98,7 @@ def save(state_dir, realm, ledger):
         os.rename(temporary, path)
         _sync_directory(os.path.dirname(path))
     except OSError as err:
-        raise LedgerError(
-            "cannot write the ledger %s: %s; nothing was removed, because a sweep that cannot remember must not reap"
-            % (path, err.strerror)
-        ) from err
+        raise LedgerError("cannot write the ledger %s: %s" % (path, err.strerror)) from err
     return written
 
 
@@ -122,15 +122,22 @@ class Lock:
             os.close(self._descriptor)
             if err.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 raise Busy("another reaper works on this host (it holds %s)" % self.path) from err
-            raise
+            raise LedgerError("cannot lock %s: %s" % (self.path, err.strerror)) from err
         return self
 
     def __exit__(self, *_exception):
         os.close(self._descriptor)
 
 
+def checked(ledger, realm):
+    """Return a ledger that came from elsewhere, or raise ValueError when it is not one of this realm."""
+    try:
+        return _checked(ledger, realm)
+    except (KeyError, TypeError, AttributeError, OverflowError) as err:
+        raise ValueError("%s: %s" % (type(err).__name__, err)) from err
+
+
 def _checked(ledger, realm):
-    """Return a ledger read from disk, or raise when its shape is not that of a ledger of this realm."""
     if ledger["version"] != VERSION:
         raise ValueError("version %r, not %d" % (ledger["version"], VERSION))
     if ledger["realm"] != realm:
@@ -138,16 +145,27 @@ def _checked(ledger, realm):
     if not isinstance(ledger["generation"], int) or ledger["generation"] < 0:
         raise ValueError("generation %r" % (ledger["generation"],))
     for strike in ledger["strikes"].values():
-        if not (isinstance(strike["identity"], str) and isinstance(strike["vm_id"], str)):
+        if not (isinstance(strike["identity"], str) and VM_ID.fullmatch(strike["vm_id"])):
             raise ValueError("a strike without identity or vm_id")
         if not isinstance(strike["strikes"], int) or not isinstance(strike["boot_id"], str):
             raise ValueError("a strike without a count or a boot id")
-        float(strike["first"]), float(strike["last"])
+        if not (math.isfinite(strike["first"]) and math.isfinite(strike["last"])):
+            raise ValueError("a strike without its instants")
+    if not isinstance(ledger["intents"], list):
+        raise ValueError("intents is not a list")
     for token in ledger["intents"]:
-        if not all(isinstance(token[key], str) for key in ("kind", "name", "vm_id", "identity")):
-            raise ValueError("an intent without kind, name, vm_id or identity")
-    if not isinstance(ledger["manifest"]["epochs"], dict):
-        raise ValueError("epochs is not a mapping")
+        if not all(isinstance(token[key], str) for key in ("kind", "name", "identity")):
+            raise ValueError("an intent without kind, name or identity")
+        if not VM_ID.fullmatch(token["vm_id"]) or not isinstance(token["details"], dict):
+            raise ValueError("an intent without vm_id or details")
+    remembered = ledger["manifest"]
+    if not all(math.isfinite(epoch) for epoch in remembered["epochs"].values()):
+        raise ValueError("an epoch that is no number")
+    if remembered["count"] is not None and not math.isfinite(remembered["count"]):
+        raise ValueError("a count that is no number")
+    for key in ("host", "machine_id"):
+        if ledger[key] is not None and not isinstance(ledger[key], str):
+            raise ValueError("%s %r" % (key, ledger[key]))
     return dict(empty(realm), **ledger)
 
 

@@ -68,9 +68,7 @@ def seen_as(root, here):
     A process that pivoted its root says that it is in ``/``; only the mount tells which directory that is.
     """
     return [
-        os.path.join(mount.point, os.path.relpath(root.root, mount.root))
-        if root.root != mount.root
-        else mount.point
+        os.path.join(mount.point, os.path.relpath(root.root, mount.root)) if root.root != mount.root else mount.point
         for mount in here.get(root.device, ())
         if is_same_or_above(mount.root, root.root)
     ]

@@ -9,6 +9,8 @@ A child in uninterruptible sleep ignores the kill: it is left behind, never wait
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import select
@@ -24,6 +26,8 @@ COMMANDS = {
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/sbin:/usr/local/bin"
 ENVIRONMENT = {"PATH": PATH, "LC_ALL": "C", "LANGUAGE": "C", "TZ": "UTC"}
 MAX_OUTPUT = 64 * 1024 * 1024
+CLOSE_SECONDS = 0.5
+ANSWER_SECONDS = 5.0
 
 
 class ProbeError(Exception):
@@ -41,11 +45,12 @@ class DeadlineExceeded(ProbeError):
 class Host:
     """What a kind may ask about the host it runs on, with the deadline of the module call it works for.
 
-    ``deadline`` is an instant of the boot clock, in seconds.
+    ``deadline`` is an instant of the boot clock, in seconds; ``state_dir`` where a kind may keep what must outlive it.
     """
 
-    def __init__(self, deadline):
+    def __init__(self, deadline, state_dir=None):
         self.deadline = deadline
+        self.state_dir = state_dir
         self.started = boottime()
         self.boot_id = read_text("/proc/sys/kernel/random/boot_id").strip()
 
@@ -79,29 +84,38 @@ def find_command(command):
     name = COMMANDS[command][0]
     for directory in PATH.split(":"):
         candidate = os.path.join(directory, name)
-        if os.access(candidate, os.X_OK):
+        if os.path.isfile(candidate) and os.access(candidate, os.X_OK):
             return candidate
     raise Absent("%s is not installed (looked in %s)" % (name, PATH))
 
 
 def run(argv, environment, timeout):
     """Run ``argv`` without a shell; return ``(rc, stdout, stderr)``. Raises DeadlineExceeded after ``timeout`` s."""
+    deadline = time.monotonic() + timeout
     out_read, out_write = os.pipe()
     err_read, err_write = os.pipe()
-    pid = os.posix_spawn(
-        argv[0],
-        argv,
-        environment,
-        file_actions=[
-            (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
-            (os.POSIX_SPAWN_DUP2, out_write, 1),
-            (os.POSIX_SPAWN_DUP2, err_write, 2),
-        ],
-    )
-    os.close(out_write)
-    os.close(err_write)
-    out, err = _drain([out_read, err_read], time.monotonic() + timeout, pid, " ".join(argv))
-    return _exit_code(pid), out.decode("utf-8", "replace"), err.decode("utf-8", "replace")
+    try:
+        pid = os.posix_spawn(
+            argv[0],
+            argv,
+            environment,
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
+                (os.POSIX_SPAWN_DUP2, out_write, 1),
+                (os.POSIX_SPAWN_DUP2, err_write, 2),
+            ],
+            setsigdef=[signal.SIGPIPE],  # Python ignores it, and a child would inherit that
+        )
+    except OSError:
+        os.close(out_read)
+        os.close(err_read)
+        raise
+    finally:
+        os.close(out_write)
+        os.close(err_write)
+    what = " ".join(argv)
+    out, err = _drain([out_read, err_read], deadline, pid, what)
+    return _exit_code(pid, deadline, what), out.decode("utf-8", "replace"), err.decode("utf-8", "replace")
 
 
 class Worker:
@@ -114,6 +128,7 @@ class Worker:
     def __init__(self, function):
         requests, self._send = os.pipe()
         self._receive, answers = os.pipe()
+        fcntl.fcntl(self._send, fcntl.F_SETFL, os.O_NONBLOCK)
         self.is_gone = False
         self.pid = os.fork()
         if self.pid == 0:
@@ -123,17 +138,17 @@ class Worker:
 
     def call(self, item, timeout):
         """Send one item, return the child's result for it."""
-        data = json.dumps(item).encode()
-        try:
-            _write_all(self._send, len(data).to_bytes(8, "big") + data)
-        except BrokenPipeError:
-            self.abandon()
-            raise ProbeError("the child that should have done it ended early") from None
-        return self.result(time.monotonic() + timeout)
+        deadline = time.monotonic() + timeout
+        self.send(item, timeout)
+        return self.result(deadline)
 
     def result(self, deadline):
-        """Wait for the answer to the item sent last; ``deadline`` is an instant of the monotonic clock."""
+        """Wait for the answer to the item sent last; ``deadline`` is an instant of the monotonic clock.
+
+        An answer that waits in the pipe counts even when the deadline went by while we waited for another child.
+        """
         header = self._read(8, deadline)
+        deadline = max(deadline, time.monotonic() + ANSWER_SECONDS)
         answer = json.loads(self._read(int.from_bytes(header, "big"), deadline).decode())
         if "error" in answer:
             raise {"Absent": Absent, "DeadlineExceeded": DeadlineExceeded}.get(answer["type"], ProbeError)(
@@ -141,38 +156,70 @@ class Worker:
             )
         return answer["result"]
 
-    def send(self, item):
-        """Send one item without waiting, so that several workers can work at the same time; see result()."""
-        data = json.dumps(item).encode()
-        _write_all(self._send, len(data).to_bytes(8, "big") + data)
+    def send(self, item, timeout=10.0):
+        """Send one item without waiting for its result, so that several workers can work at the same time."""
+        self._must_be_there()
+        deadline = time.monotonic() + timeout
+        data = memoryview(_message(item))
+        while data:
+            # A child that does not read, because it hangs or is stopped, must not hang us once the pipe is full.
+            if not _ready([], [self._send], deadline):
+                self._give_up(DeadlineExceeded("it does not listen; the child was abandoned"))
+            try:
+                data = data[os.write(self._send, data) :]
+            except BlockingIOError:
+                continue
+            except BrokenPipeError:
+                self._give_up(ProbeError("the child that should have done it ended early"))
 
     def close(self):
-        """End an idle child and collect it."""
+        """End an idle child and collect it. One that is not idle, or was abandoned already, is not waited for."""
+        if self.is_gone:
+            return
         os.close(self._send)
-        os.close(self._receive)
-        os.waitpid(self.pid, 0)
+        self._send = None
+        deadline = time.monotonic() + CLOSE_SECONDS
+        while os.waitpid(self.pid, os.WNOHANG)[0] == 0:
+            if time.monotonic() > deadline:
+                self.abandon()
+                return
+            time.sleep(0.001)
+        self._let_go()
 
     def abandon(self):
         """Kill the child, with all it started that stayed in its session, and do not wait for it."""
+        if not self.is_gone:
+            _kill(self.pid)
+            self._let_go()
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(self.pid, os.WNOHANG)
+
+    def _let_go(self):
         self.is_gone = True
-        _kill(self.pid)
-        os.close(self._send)
-        os.close(self._receive)
-        os.waitpid(self.pid, os.WNOHANG)
+        for descriptor in (self._send, self._receive):
+            if descriptor is not None:
+                os.close(descriptor)
+        self._send = self._receive = None
+
+    def _must_be_there(self):
+        if self.is_gone:
+            raise ProbeError("the child that should have done it was abandoned before")
+
+    def _give_up(self, err):
+        self.abandon()
+        raise err from None
 
     def _read(self, count, deadline):
-        data = b""
+        self._must_be_there()
+        data = bytearray()
         while len(data) < count:
-            left = deadline - time.monotonic()
-            if left <= 0 or not select.select([self._receive], [], [], left)[0]:
-                self.abandon()
-                raise DeadlineExceeded("no answer within the deadline; the child was abandoned")
+            if not _ready([self._receive], [], deadline):
+                self._give_up(DeadlineExceeded("no answer within the deadline; the child was abandoned"))
             part = os.read(self._receive, min(1 << 20, count - len(data)))
             if not part:
-                self.abandon()
-                raise ProbeError("the child that should have done it ended without an answer")
+                self._give_up(ProbeError("the child that should have done it ended without an answer"))
             data += part
-        return data
+        return bytes(data)
 
 
 def _serve(function, requests, answers):
@@ -180,22 +227,31 @@ def _serve(function, requests, answers):
     try:
         os.setsid()
         _close_all_but(requests, answers)
+        _detach_standard_streams()
         with os.fdopen(requests, "rb") as stream:
             while True:
                 header = stream.read(8)
                 if len(header) < 8:
                     break
                 item = json.loads(stream.read(int.from_bytes(header, "big")).decode())
-                try:
-                    answer = {"result": function(item)}
-                except Exception as err:  # the parent must hear of anything, in words
-                    answer = {"error": str(err) or repr(err), "type": type(err).__name__}
-                    if not isinstance(err, (ProbeError, OSError)):
-                        answer["error"] = "%s: %s" % (type(err).__name__, err)
-                data = json.dumps(answer).encode("ascii")
-                _write_all(answers, len(data).to_bytes(8, "big") + data)
+                _write_all(answers, _answer(function, item))
     finally:
         os._exit(0)  # pylint: disable=disallowed-name
+
+
+def _answer(function, item):
+    try:
+        return _message({"result": function(item)})
+    except Exception as err:  # the parent must hear of anything, in words
+        text = str(err) or repr(err)
+        if not isinstance(err, (ProbeError, OSError)):
+            text = "%s: %s" % (type(err).__name__, text)
+        return _message({"error": text, "type": type(err).__name__})
+
+
+def _message(content):
+    data = json.dumps(content).encode("ascii")
+    return len(data).to_bytes(8, "big") + data
 
 
 def _close_all_but(*wanted):
@@ -203,10 +259,17 @@ def _close_all_but(*wanted):
     the module in a child that was abandoned."""
     for name in os.listdir("/proc/self/fd"):
         if int(name) > 2 and int(name) not in wanted:
-            try:
+            with contextlib.suppress(OSError):  # the descriptor of the listing itself
                 os.close(int(name))
-            except OSError:
-                pass  # the descriptor of the listing itself
+
+
+def _detach_standard_streams():
+    """Whoever started the module waits until its output is closed, and a child that was abandoned would hold it."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(null, descriptor)
+    if null > 2:
+        os.close(null)
 
 
 def _write_all(descriptor, data):
@@ -223,19 +286,14 @@ def _drain(descriptors, deadline, pid, what):
     size = 0
     try:
         while still_open:
-            left = deadline - time.monotonic()
-            ready = select.select(still_open, [], [], left)[0] if left > 0 else []
+            ready = _ready(still_open, [], deadline)
             if not ready:
-                _kill(pid)
-                os.waitpid(pid, os.WNOHANG)
-                raise DeadlineExceeded("%s did not end in time and was abandoned" % what)
+                _abandon(pid, DeadlineExceeded("%s did not end in time and was abandoned" % what))
             for descriptor in ready:
                 data = os.read(descriptor, 1 << 16)
                 size += len(data)
                 if size > MAX_OUTPUT:
-                    _kill(pid)
-                    os.waitpid(pid, os.WNOHANG)
-                    raise ProbeError("%s printed more than %d bytes" % (what, MAX_OUTPUT))
+                    _abandon(pid, ProbeError("%s printed more than %d bytes" % (what, MAX_OUTPUT)))
                 if data:
                     parts[descriptor].append(data)
                 else:
@@ -246,15 +304,38 @@ def _drain(descriptors, deadline, pid, what):
     return [b"".join(parts[descriptor]) for descriptor in descriptors]
 
 
-def _exit_code(pid):
-    status = os.waitpid(pid, 0)[1]
-    return os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
+def _ready(readable, writable, deadline):
+    """Return the descriptors that can be read or written, or whose other end is closed; none: not by the deadline."""
+    poll = select.poll()
+    for descriptor in readable:
+        poll.register(descriptor, select.POLLIN)
+    for descriptor in writable:
+        poll.register(descriptor, select.POLLOUT)
+    left = max(0.0, deadline - time.monotonic())
+    return [descriptor for descriptor, _events in poll.poll(left * 1000)]
+
+
+def _exit_code(pid, deadline, what):
+    """Return the exit code of a command that has closed its output, which it may do long before it ends."""
+    pause = 0.0002
+    while True:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
+        if time.monotonic() > deadline:
+            _abandon(pid, DeadlineExceeded("%s did not end in time and was abandoned" % what))
+        time.sleep(pause)
+        pause = min(pause * 2, 0.02)
+
+
+def _abandon(pid, err):
+    _kill(pid)
+    os.waitpid(pid, os.WNOHANG)
+    raise err
 
 
 def _kill(pid):
     """Kill the child and its session's process group; a child that is in D state stays, and we do not wait."""
     for kill in (os.killpg, os.kill):
-        try:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             kill(pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass

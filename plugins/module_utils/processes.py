@@ -103,7 +103,7 @@ def lineage(pid):
 
 
 def places(table):
-    """Yield ``(pid, path)`` for the root, the working directory and the executable of every process.
+    """Yield ``(pid, path)`` for the root, the working directory and the executable of every process but init.
 
     ``table`` is our mount table: the root of a process in another mount namespace is given as it is seen from here.
     Raises ProbeError when a process does not let us see: what cannot be seen is not free.
@@ -111,6 +111,8 @@ def places(table):
     here, namespace = mounts.by_device(table), os.readlink("/proc/self/ns/mnt")
     roots = {}
     for pid in pids():
+        if pid == 1:  # runs the host, not a VM; and may be the one that even root may not look into
+            continue
         try:
             for name in ("root", "cwd", "exe"):
                 path = _link(pid, name)

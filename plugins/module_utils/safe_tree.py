@@ -9,6 +9,7 @@ for whatever, what is removed is an entry of a directory that was in the tree; n
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -17,6 +18,7 @@ import struct
 from . import mounts
 
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 # Only as a place to start from: does not read, so no file system server is asked and no device opened.
 PLACE = getattr(os, "O_PATH", 0o10000000) | os.O_NOFOLLOW | os.O_CLOEXEC
 # How deep we go with a descriptor held per level; what is deeper is moved up first, see Removal.
@@ -36,6 +38,20 @@ class Refused(Exception):
     """The file system does not let us; a person has to look."""
 
 
+@contextlib.contextmanager
+def opened(base, names):
+    """Give a descriptor to read a file below a trusted base. It may be anything: look before reading. Never blocks."""
+    directory = descriptor = None
+    try:
+        directory = _descend(base, names[:-1])
+        descriptor = os.open(names[-1], FILE, dir_fd=directory)
+        yield descriptor
+    finally:
+        for one in (directory, descriptor):
+            if one is not None:
+                os.close(one)
+
+
 class Tree:
     """A directory below a base that is trusted, held by descriptors. No name below the base may be a symbolic link.
 
@@ -46,10 +62,8 @@ class Tree:
         self.name = names[-1]
         self.path = os.path.join(base, *names)
         self.directory = None
-        self.parent = os.open(base, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.parent = _descend(base, names[:-1])
         try:
-            for name in names[:-1]:
-                self.parent = _exchange(self.parent, _open(name, DIRECTORY, self.parent))
             self.directory = _open(self.name, DIRECTORY, self.parent)
         except OSError:
             self.close()
@@ -87,16 +101,19 @@ class Tree:
         for mount in reversed(table):
             if mount.shared and mount.id in parents:
                 self._make_private(mount)
-        itself = False
         for mount in table:
-            if mount.point == self.path:
-                itself = True
-                self._release()  # or we are the ones who hold it
+            if mount.point != self.path:
+                self._unmount(mount)
+        itself = [mount for mount in table if mount.point == self.path]
+        if itself:
+            os.close(self.directory)  # or we are the ones who hold it
+            self.directory = None
+        for mount in itself:
             self._unmount(mount)
         left = mounts.below(mounts.read(), self.path)
         if left:
             raise Busy("still mounted: %s" % shown(left[0].point))
-        return itself
+        return bool(itself)
 
     def remove(self):
         """Remove the empty tree itself. Raises Busy when it is not empty, or not the directory that we hold."""
@@ -109,12 +126,9 @@ class Tree:
         except FileNotFoundError:
             return
         except OSError as err:
+            if self.directory is None and err.errno == errno.ENOTEMPTY:
+                raise Busy("unmounted; the directory that its mount hid is another one, and not empty") from err
             raise _blocked(err, self.path) from err
-
-    def _release(self):
-        if self.directory is not None:
-            os.close(self.directory)
-            self.directory = None
 
     def _make_private(self, mount):
         """Cut a mount off from its peers: what we unmount on it would be unmounted there too, outside of the tree."""
@@ -147,14 +161,10 @@ class Tree:
         if mount.point == self.path:
             return os.dup(self.parent), self.name
         names = os.path.relpath(mount.point, self.path).split("/")
-        place = os.dup(self.directory)
         try:
-            for name in names[:-1]:
-                place = _exchange(place, _open(name, PLACE | os.O_DIRECTORY, place))
+            return _descend(".", names[:-1], PLACE | os.O_DIRECTORY, self.directory), names[-1]
         except OSError as err:
-            os.close(place)
             raise Busy("the tree changed while it was unmounted: %s" % shown(mount.point)) from err
-        return place, names[-1]
 
 
 class Removal:
@@ -235,9 +245,16 @@ def _open(name, flags, directory):
         raise
 
 
-def _exchange(old, new):
-    os.close(old)
-    return new
+def _descend(base, names, flags=DIRECTORY, start=None):
+    """Return a descriptor of the directory that the names lead to from the base, one by one, by no symbolic link."""
+    place = os.open(base, flags & ~os.O_NOFOLLOW, dir_fd=start)
+    for name in names:
+        try:
+            below = _open(name, flags, place)
+        finally:
+            os.close(place)
+        place = below
+    return place
 
 
 def _blocked(err, name, what="in use"):

@@ -44,6 +44,12 @@ options:
         description: The containerd namespace.
         type: str
         required: true
+      pinned:
+        description:
+          - Whether snapshots with the label C(containerd.io/gc.root) are meant too. C(ctr snapshots prepare) puts it on
+            all that it makes. Otherwise they are left alone.
+        type: bool
+        default: false
       snapshotter:
         description: The snapshotter.
         type: str

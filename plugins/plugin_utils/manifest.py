@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import math
 import os
 import sqlite3
 import time
+import urllib.parse
 
-from ..module_utils.resource import VM_ID
+from ..module_utils.resource import VM_ID, is_text
 
 # Only these say that a VM is gone. A state that is not known here is a live one.
 TERMINAL_STATES = ("deleted", "destroyed", "saga_unwound", "terminated")
@@ -34,10 +36,11 @@ class ManifestError(Exception):
 
 
 def check(document, source, *, now, max_age, terminal_states=TERMINAL_STATES):
-    """Return one source's document as ``{realm, source, epoch, generated_at, count, proven, hosts, vms, tombstones}``.
+    """Return one source's document as ``{realm, source, epoch, generated_at, age, count, proven, hosts, vms, tombstones}``.
 
     ``vms`` is a list of ``(vm_id, [host])`` (no host: it lives everywhere), ``tombstones`` maps ids to the seconds since
-    they were destroyed, ``generated_at`` is in seconds since 1970. Raises ManifestError.
+    they were destroyed (None: unknown), ``generated_at`` is in seconds since 1970, ``age`` in seconds. Raises
+    ManifestError.
     """
     if not isinstance(document, dict):
         raise ManifestError("not_a_manifest", "%s: a mapping was expected, not %s" % (source, type(document).__name__))
@@ -54,18 +57,20 @@ def check(document, source, *, now, max_age, terminal_states=TERMINAL_STATES):
     _check_count(document, source)
     hosts = _hosts(document, vms, source)
     tombstones = dict.fromkeys(dead)
-    for number, tombstone in enumerate(document.get("tombstones") or []):
+    for number, tombstone in enumerate(_list(document, "tombstones", source)):
         where = "%s: tombstones[%d]" % (source, number)
-        vm_id = _vm_id(tombstone, where)
-        tombstones[vm_id] = now - _instant(tombstone["destroyed_at"], where) if tombstone.get("destroyed_at") else None
+        vm_id, destroyed_at = _vm_id(tombstone, where), tombstone.get("destroyed_at")
+        since = None if destroyed_at is None else now - _instant(destroyed_at, where)
+        tombstones[vm_id] = _shorter(since, tombstones.get(vm_id))
     epoch = document.get("epoch")
-    if epoch is not None and (isinstance(epoch, bool) or not isinstance(epoch, (int, float))):
-        raise ManifestError("not_a_manifest", "%s: 'epoch' must be a number, not %r" % (source, epoch))
+    if epoch is not None and not _is_finite(epoch):
+        raise ManifestError("not_a_manifest", "%s: 'epoch' must be a number, not %.200r" % (source, epoch))
     return {
         "realm": _text(document["realm"], "%s: realm" % source),
         "source": source,
         "epoch": epoch,
         "generated_at": generated_at,
+        "age": max(0.0, now - generated_at),
         "count": len({vm_id for vm_id, _hosts_of_it in vms}),
         "proven": document.get("proven", True) is True,
         "hosts": hosts,
@@ -89,21 +94,25 @@ def union(manifests):
         )
     vms = [vm for one in manifests for vm in one["vms"]]
     live = {vm_id for vm_id, _hosts_of_it in vms}
+    tombstones = {}
+    for one in manifests:
+        for vm_id, since in one["tombstones"].items():
+            if vm_id not in live:
+                tombstones[vm_id] = _shorter(since, tombstones.get(vm_id))
     return {
         "realm": first["realm"],
         "source": ", ".join(one["source"] for one in manifests),
         "epoch": first["epoch"] if len(manifests) == 1 else None,
         "epochs": {one["source"]: one["epoch"] for one in manifests if one["epoch"] is not None},
         "generated_at": min(one["generated_at"] for one in manifests),
+        "age": max(one["age"] for one in manifests),
         "count": len(live),
         "proven": all(one["proven"] for one in manifests),
         "hosts": None if any(one["hosts"] is None for one in manifests) else sorted({
             host for one in manifests for host in one["hosts"]
         }),
         "vms": vms,
-        "tombstones": {
-            vm_id: since for one in manifests for vm_id, since in one["tombstones"].items() if vm_id not in live
-        },
+        "tombstones": tombstones,
     }
 
 
@@ -146,7 +155,7 @@ class Index:
         may be here all the same under a name of this host that we do not know.
         """
         live, elsewhere, tombstones = set(), {}, {}
-        connection = sqlite3.connect("file:%s?mode=ro" % self.path, uri=True)
+        connection = sqlite3.connect("file:%s?mode=ro" % urllib.parse.quote(self.path), uri=True)
         try:
             ids = sorted(vm_ids)
             for begin in range(0, len(ids), 500):
@@ -174,10 +183,10 @@ class Index:
 def handle(manifest, path):
     """Write the index of ``manifest`` to ``path``; return the small HANDLE that plans are made with.
 
-    HANDLE ``{realm, source, epoch, epochs, generated_at, count, proven, names_hosts, index}``
+    HANDLE ``{realm, source, epoch, epochs, generated_at, age, count, proven, names_hosts, index}``
     """
     Index.write(path, manifest)
-    kept = ("realm", "source", "epoch", "epochs", "generated_at", "count", "proven")
+    kept = ("realm", "source", "epoch", "epochs", "generated_at", "age", "count", "proven")
     return dict(
         {key: manifest[key] for key in kept}, names_hosts=manifest["hosts"] is not None, index=path
     )
@@ -207,7 +216,7 @@ def _check_count(document, source):
     ids = [vm["vm_id"] for vm in document["vms"]]
     count = document.get("count")
     if count is not None and count != len(ids):
-        raise ManifestError("incomplete", "%s: 'count' is %r, but %d VMs are listed" % (source, count, len(ids)))
+        raise ManifestError("incomplete", "%s: 'count' is %.200r, but %d VMs are listed" % (source, count, len(ids)))
     checksum = document.get("sha256")
     if checksum is not None and checksum != sha256(ids):
         raise ManifestError("incomplete", "%s: 'sha256' does not belong to the VMs that are listed" % source)
@@ -223,9 +232,7 @@ def _sorted_out(entries, source, terminal_states):
         if state is not None and _text(state, where + ".state").lower() in terminal_states:
             dead.add(vm_id)
             continue
-        also_on = vm.get("also_on") or []
-        if not isinstance(also_on, list):
-            raise ManifestError("not_a_manifest", "%s: 'also_on' must be a list of hosts" % where)
+        also_on = _list(vm, "also_on", where)
         if vm.get("host") is None:
             vms.append((vm_id, []))
         else:
@@ -236,12 +243,9 @@ def _sorted_out(entries, source, terminal_states):
 
 def _hosts(document, vms, source):
     """Return the hosts that the source speaks for, None where it does not say."""
-    hosts = document.get("hosts")
-    if hosts is None:
+    if document.get("hosts") is None:
         return None
-    if not isinstance(hosts, list):
-        raise ManifestError("not_a_manifest", "%s: 'hosts' must be a list of names" % source)
-    known = {_text(host, "%s: hosts" % source) for host in hosts}
+    known = {_text(host, "%s: hosts" % source) for host in _list(document, "hosts", source)}
     for vm_id, where in vms:
         strange = [host for host in where if host not in known]
         if strange:
@@ -265,15 +269,36 @@ def _vm_id(entry, where):
     return entry["vm_id"]
 
 
+def _list(mapping, key, where):
+    value = mapping.get(key)
+    if value is not None and not isinstance(value, list):
+        raise ManifestError("not_a_manifest", "%s: '%s' must be a list, not %.200r" % (where, key, value))
+    return value or []
+
+
 def _text(value, where):
-    if not isinstance(value, str) or not value:
-        raise ManifestError("not_a_manifest", "%s: a text was expected, not %r" % (where, value))
+    if not isinstance(value, str) or not is_text(value):
+        raise ManifestError("not_a_manifest", "%s: a text was expected, not %.200r" % (where, value))
     return value
+
+
+def _is_finite(value):
+    """Tell whether it is a number that can be compared: neither NaN nor infinite, nor too large to be a float."""
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _shorter(since, other):
+    """Return the shorter of two times, of which any may be unknown."""
+    known = [one for one in (since, other) if one is not None]
+    return min(known) if known else None
 
 
 def _instant(value, where):
     """Return seconds since 1970 of a number or of an ISO 8601 text with a time zone."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if _is_finite(value):
         return float(value)
     if isinstance(value, datetime.datetime):
         parsed = value
@@ -281,7 +306,7 @@ def _instant(value, where):
         try:
             parsed = datetime.datetime.fromisoformat(_text(value, where).replace("Z", "+00:00"))
         except ValueError as err:
-            raise ManifestError("not_a_manifest", "%s: not an instant: %r" % (where, value)) from err
+            raise ManifestError("not_a_manifest", "%s: not an instant: %.200r" % (where, value)) from err
     if parsed.tzinfo is None:
         raise ManifestError("not_a_manifest", "%s: %s has no time zone; write for example %sZ" % (where, value, value))
     return parsed.timestamp()

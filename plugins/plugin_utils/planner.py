@@ -82,8 +82,8 @@ def plan(facts, share, policy, kinds):
 
     facts   what gather read: ``{realm, boot_id, machine_id, boottime_seconds, ledger, ledger_problem, kinds}``
     share   what the live manifest says of this host and of the ids in the facts: ``{realm, source, epoch, epochs,
-            generated_at, count, proven, host_known, live: [vm_id], elsewhere: {vm_id: [host]},
-            tombstones: {vm_id: seconds since destroyed, or null}}``
+            generated_at, age, count, proven, host_known, live: [vm_id], elsewhere: {vm_id: [host]},
+            tombstones: {vm_id: seconds since destroyed, or null}}``; ``age`` in seconds when it was fetched
     policy  see DEFAULT_POLICY
     kinds   ``{kind: {order, stops, depends_on, resumes}}``
 
@@ -98,7 +98,7 @@ def plan(facts, share, policy, kinds):
     families = {vm_id: judge.family(vm_id, members) for vm_id, members in _by_family(resources)}
     judge.keep_unseen_strikes()
     tokens = _tokens(families, kinds, judge)
-    resumed, kept, notices = _intents(facts, share, kinds, resources)
+    resumed, kept, notices = _intents(facts, judge, families, kinds, resources)
     tokens = _in_order(tokens + resumed, kinds)
     refused = _over_cap(families, tokens, policy)
     counts = _counts(facts, families, tokens)
@@ -107,7 +107,7 @@ def plan(facts, share, policy, kinds):
     ledger = {
         "host": policy["host"],
         "machine_id": facts["machine_id"],
-        "manifest": _remembered(facts["ledger"]["manifest"], share),
+        "manifest": _remembered(facts["ledger"]["manifest"], share, policy),
         "strikes": judge.strikes,
         "intents": kept,
     }
@@ -123,7 +123,13 @@ def is_permitted(running, evidence):
 
 def _number(policy, key, least, most=None):
     value = policy[key]
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < least or most and value > most:
+    # Written so that NaN, which is neither more nor less than anything, is refused too.
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not value >= least
+        or not (most is None or value <= most)
+    ):
         bounds = "at least %s" % least if most is None else "between %s and %s" % (least, most)
         raise PolicyError("reap_%s must be a number, %s, not %r" % (key, bounds, value))
 
@@ -217,6 +223,8 @@ class _Judge:
         self.share = share
         self.policy = policy
         self.live = set(share["live"])
+        # The list says nothing about what came after it was made, so its own age is not time that was watched.
+        self.min_age = policy["min_age"] + share["age"]
         self.unreadable = {kind: _unreadable(facts, kind, kinds) for kind in kinds}
         self.strikes = {}
 
@@ -271,7 +279,7 @@ class _Judge:
             strike.update(strikes=strike["strikes"] + 1, last=now)
         self.strikes[key] = strike
         # An unknown age counts as young: until it has been watched for as long as the policy asks, it is one short.
-        watched = now - strike["first"] >= self.policy["min_age"]
+        watched = now - strike["first"] >= self.min_age
         return strike["strikes"] if watched else min(strike["strikes"], self.policy["strikes"] - 1)
 
     def _keep_strike(self, member):
@@ -293,22 +301,32 @@ class _Judge:
 
     def _held(self, vm_id, members):
         """Return the reasons for which the whole family has to wait, without a strike."""
-        for pattern in self.policy["keep"]:
-            if fnmatch.fnmatchcase(vm_id, pattern):
-                return [_reason("pinned", "reap_keep names it (%s)" % pattern)]
+        pin = self.pin(vm_id)
+        if pin:
+            return [_reason("pinned", "reap_keep names it (%s)" % pin)]
         since = self.share["tombstones"].get(vm_id)
         if since is not None and since < self.policy["min_age"]:
             return [_reason("recently_destroyed", "destroyed %d s ago; its platform may still be cleaning" % since)]
         for member in members:
-            if member["age_seconds"] is not None and member["age_seconds"] < self.policy["min_age"]:
+            if member["age_seconds"] is not None and member["age_seconds"] < self.min_age:
                 return [
                     _reason(
                         "too_young",
-                        "%s %s is %d s old (reap_min_age is %d)"
-                        % (member["kind"], member["name"], member["age_seconds"], self.policy["min_age"]),
+                        "%s %s is %d s old (reap_min_age is %d, and the list of live VMs is %d s old)"
+                        % (
+                            member["kind"],
+                            member["name"],
+                            member["age_seconds"],
+                            self.policy["min_age"],
+                            self.share["age"],
+                        ),
                     )
                 ]
         return []
+
+    def pin(self, vm_id):
+        """Return the pattern of reap_keep that names the VM, or None."""
+        return next((pattern for pattern in self.policy["keep"] if fnmatch.fnmatchcase(vm_id, pattern)), None)
 
     def _still_running(self, member, evidence):
         return _reason(
@@ -360,35 +378,41 @@ def _tokens(families, kinds, judge):
     """Return the tokens of the confirmed families and mark what is held by something that stays."""
     going = {}
     for family in families.values():
-        if family["verdict"] != CONFIRMED:
-            continue
-        stops = any(_stops(member, kinds) for member in family["resources"] if member["verdict"] == CONFIRMED)
         for member in family["resources"]:
             if member["verdict"] != CONFIRMED:
                 continue
-            if member["in_use"] and not stops:
-                _hold(member, "busy", "it is in use, by nothing that belongs to the VM and could be stopped")
-            elif member["kind"] == "zombie" and judge.policy["zombies"] == "report":
+            if member["kind"] == "zombie" and judge.policy["zombies"] == "report":
                 _hold(member, "zombie", "only its parent %s can reap it (reap_zombies is report)" % member["parent"])
             else:
                 going[_key(member)] = member
-    _hold_back(going)
+    while _hold_back(going) or _hold_busy(going, kinds):
+        pass
     return [_token(member, kinds) for member in going.values()]
 
 
 def _hold_back(going):
-    """Take out of ``going`` what is held by anything that stays, until nothing more has to be taken out."""
-    held = True
-    while held:
-        held = [
-            (key, holder)
-            for key, member in going.items()
-            for holder in member["holders"][:]
-            if not ("kind" in holder and _key(holder) in going)
-        ]
-        for key, holder in held:
-            if key in going:
-                _hold(going.pop(key), holder["type"], "held by %s %s" % (holder["type"], holder["name"]))
+    """Take out of ``going`` what is held by anything that stays, and what that holds in turn; tell whether any was."""
+    held_by, stuck = {}, []
+    for key, member in going.items():
+        for holder in member["holders"]:
+            if "kind" in holder and _key(holder) in going:
+                held_by.setdefault(_key(holder), []).append((key, holder))
+            else:
+                stuck.append((key, holder))
+    for key, holder in stuck:
+        if key in going:
+            _hold(going.pop(key), holder["type"], "held by %s %s" % (holder["type"], holder["name"]))
+            stuck += held_by.get(key, [])
+    return bool(stuck)
+
+
+def _hold_busy(going, kinds):
+    """Take out of ``going`` what is in use, unless it or another member of its VM can be stopped; tell whether any was."""
+    stopping = {member["vm_id"] for member in going.values() if _stops(member, kinds)}
+    busy = [key for key, member in going.items() if member["in_use"] and member["vm_id"] not in stopping]
+    for key in busy:
+        _hold(going.pop(key), "busy", "it is in use, by nothing that belongs to the VM and could be stopped")
+    return bool(busy)
 
 
 def _hold(member, code, text):
@@ -426,11 +450,11 @@ def _in_order(tokens, kinds):
     return sorted(tokens, key=lambda token: (kinds[token["kind"]]["order"], -depth(token), token["name"]))
 
 
-def _intents(facts, share, kinds, resources):
+def _intents(facts, judge, families, kinds, resources):
     """Return ``(tokens to finish, intents to keep, notices)`` for the removals that were cut short.
 
     Only some kinds can be half removed in a way that no later look shows; those tokens are planned again as they were,
-    and the kind itself proves that the object is still the same.
+    and the kind itself proves that the object is still the same. They wait as long as anything else of the VM would.
     """
     finish, keep, notices = [], [], []
     present = {_key(resource) for resource in resources}
@@ -438,12 +462,20 @@ def _intents(facts, share, kinds, resources):
         kind = kinds.get(token["kind"])
         if not kind or not kind.get("resumes") or _key(token) in present:
             continue
-        if token["vm_id"] in share["live"]:
+        vm_id = token["vm_id"]
+        if vm_id in judge.live:
             notices.append(
                 "the removal of %s was cut short by an earlier end of the reaper, and its VM %s is live now: left alone"
-                % (_key(token), token["vm_id"])
+                % (_key(token), vm_id)
             )
-        elif _unreadable(facts, token["kind"], kinds) or facts["kinds"].get(token["kind"], {}).get("status") != "ok":
+        elif (
+            judge.unreadable[token["kind"]]
+            or facts["kinds"].get(token["kind"], {}).get("status") != "ok"
+            or judge.pin(vm_id)
+            or not judge.share["proven"]
+            or vm_id in families
+            and families[vm_id]["verdict"] != CONFIRMED
+        ):
             keep.append(token)
         else:
             finish.append(dict(token, stop=False, resume=True))
@@ -461,19 +493,27 @@ def _over_cap(families, tokens, policy):
             "host_cap",
             "%d VMs would be reaped on this host, more than reap_max_per_host=%d" % (doomed, policy["max_per_host"]),
         )
-    percent = 100 * doomed / len(families) if families else 0
+    everybody = len(set(families) | {token["vm_id"] for token in tokens})
+    percent = 100 * doomed / everybody if doomed else 0
     if doomed > policy["percent_floor"] and percent > policy["max_percent_per_host"]:
         return _refusal(
             "host_cap",
             "%d of %d VMs (%d %%) would be reaped on this host, more than reap_max_percent_per_host=%d"
-            % (doomed, len(families), percent, policy["max_percent_per_host"]),
+            % (doomed, everybody, percent, policy["max_percent_per_host"]),
         )
     return None
 
 
-def _remembered(before, share):
-    """What the host remembers of the manifest: the highest epoch of each source, and the last good count."""
-    return {"epochs": dict(before["epochs"], **share["epochs"]), "count": share["count"]}
+def _remembered(before, share, policy):
+    """What the host remembers of the manifest: the highest epoch of each source, and the last good count.
+
+    A host without anything of VMs is not refused when the list is empty or unproven, but must not learn from it either.
+    """
+    good = share["proven"] and (share["count"] or policy["expect_empty"] == policy["realm"])
+    return {
+        "epochs": dict(before["epochs"], **share["epochs"]),
+        "count": share["count"] if good else before["count"],
+    }
 
 
 def _counts(facts, families, tokens, verdict=None):

@@ -22,7 +22,7 @@ def plan(facts, manifest, policy):
 
 def orphans(facts, live):
     """Return the resources whose vm_id is not live; ``live`` is a list of ids or a DOCUMENT."""
-    alive = set(live) if isinstance(live, (list, tuple, set)) else _ids(live)
+    alive = {str(vm_id) for vm_id in live} if isinstance(live, (list, tuple, set)) else _ids(live)
     return [
         resource
         for kind in sorted(unpacked(facts)["kinds"].items())
@@ -36,12 +36,12 @@ def _ids(document):
 
 
 def _checked(document):
-    now = manifests.now()
-    return manifests.check(document, document.get("source", "manifest"), now=now, max_age=float("inf"))
+    source = document.get("source") if isinstance(document, dict) else None
+    return manifests.check(document, str(source or "manifest"), now=manifests.now(), max_age=float("inf"))
 
 
 def _share(manifest, host, ids):
-    if "index" in manifest:
+    if isinstance(manifest, dict) and "index" in manifest:
         return manifests.share(manifest, host, ids)
     with tempfile.TemporaryDirectory() as directory:
         path = os.path.join(directory, "manifest.sqlite")

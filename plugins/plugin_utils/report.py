@@ -10,11 +10,12 @@ from __future__ import annotations
 COLUMNS = ("HOST", "KIND", "LIVE", "SUSPECTED", "CONFIRMED", "REAPED", "HELD", "FAILED", "GIVEN BACK")
 HELD = ("held", "disputed", "unknown")
 MAX_LINES = 40
+MAX_LINE = 1000
 
 
 def summarize(hosts):
     """Return ``{host: {kind: {live, suspected, confirmed, reaped, held, failed, bytes}}}``."""
-    return {host: _kinds(one) for host, one in sorted(hosts.items())}
+    return {host: _kinds(one) for host, one in sorted(_believed(hosts).items())}
 
 
 def text(realm, manifest, hosts, *, check_mode=False, abort=None):
@@ -22,6 +23,7 @@ def text(realm, manifest, hosts, *, check_mode=False, abort=None):
 
     ``hosts`` is ``{host: HOST}``, ``manifest`` the HANDLE or None, ``abort`` why the whole batch was stopped.
     """
+    hosts = _believed(hosts)
     summary = summarize(hosts)
     rows = [_row(host, kind, n) for host, kinds in summary.items() for kind, n in kinds.items() if _is_news(n)]
     lines = [_headline(realm, manifest, hosts, summary, check_mode, abort)]
@@ -30,11 +32,12 @@ def text(realm, manifest, hosts, *, check_mode=False, abort=None):
     lines += _table(rows) if rows else []
     lines += _limited(_troubles(hosts, abort) + _held(hosts) + _failed(hosts))
     lines += _unseen(hosts)
-    return "\n".join(lines)
+    return "\n".join(printable(line) for line in lines)
 
 
 def as_json(realm, manifest, hosts, *, check_mode=False, abort=None):
     """Return the same as a structure, with every family and every outcome."""
+    hosts = _believed(hosts)
     return {
         "realm": realm,
         "manifest": {key: manifest[key] for key in ("source", "epoch", "count", "generated_at")} if manifest else None,
@@ -68,6 +71,39 @@ def human_bytes(count):
             break
         value /= 1024
     return "%d %s" % (value, unit) if unit == "B" else "%.1f %s" % (value, unit)
+
+
+def printable(line):
+    """Return the line without anything that a terminal would obey; names come from whoever made the thing."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in line)
+    return shown if len(shown) <= MAX_LINE else shown[:MAX_LINE] + "..."
+
+
+def _believed(hosts):
+    """Drop outcomes that are none: a host may return anything, and must not spoil the report of the others."""
+    return {host: _with_outcomes(one) for host, one in hosts.items()}
+
+
+def _with_outcomes(one):
+    outcomes = one["outcomes"] if isinstance(one["outcomes"], list) else [one["outcomes"]]
+    good = [outcome for outcome in outcomes if _is_outcome(outcome)]
+    if len(good) == len(outcomes):
+        return one
+    return dict(one, outcomes=good, error=one["error"] or "it returned %d outcomes that are none" % (
+        len(outcomes) - len(good)
+    ))
+
+
+def _is_outcome(outcome):
+    try:
+        return (
+            all(isinstance(outcome[key], str) for key in ("kind", "name", "vm_id", "outcome", "message"))
+            and isinstance(outcome["bytes"], (int, float, type(None)))
+            and isinstance(outcome["holders"], list)
+            and all(isinstance(holder[key], str) for holder in outcome["holders"] for key in ("type", "name"))
+        )
+    except (KeyError, TypeError):
+        return False
 
 
 def _kinds(one):

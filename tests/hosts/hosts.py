@@ -84,6 +84,7 @@ NAME = re.compile(r"[a-z][a-z0-9-]{0,30}")
 # themselves their run's id.
 HOST_MARK, COMMAND_MARK = "REAPER_TEST_HOST", "REAPER_TEST_COMMAND"
 LABEL = "microvm-reaper-test"
+NAMESPACES = ["unshare", "--mount", "--pid", "--fork", "--kill-child=KILL"]
 PODMAN = ["podman", "--runtime", "runc", "--cgroup-manager", "cgroupfs"]
 TOOLS = {
     "mmdebstrap": "mmdebstrap",
@@ -133,7 +134,7 @@ class Process:
 
 
 def default_owner() -> int:
-    """The outermost ancestor below init: hosts that somebody started by hand live as long as his session."""
+    """The outermost ancestor below init: hosts started by hand live as long as that login."""
     pid = os.getpid()
     while True:
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
@@ -190,13 +191,22 @@ def run(command: Sequence[str | Path], timeout: float = float("inf"), env: dict[
             break
         except subprocess.TimeoutExpired:
             if STOP.is_set() or time.monotonic() > deadline:
-                child.terminate()
-                out, err = child.communicate()
+                out, err = end(child)
                 break
     if child.returncode:
         last = "\n".join((out + err).strip().splitlines()[-15:])
         raise HostsError(f"`{' '.join(words)}` ended with {child.returncode}:\n{last}")
     return out
+
+
+def end(child: subprocess.Popen[str]) -> tuple[str, str]:
+    """End a command and return what it printed. Not all obey: unshare ignores the polite signal."""
+    child.terminate()
+    try:
+        return child.communicate(timeout=2)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        return child.communicate()
 
 
 def require(*tools: str) -> None:
@@ -226,19 +236,20 @@ def locked(path: Path) -> Iterator[None]:
 
 def bootstrap(suite: str, variant: str, packages: Iterable[str], target: Path) -> None:
     """Make a Debian directory; tried twice, as a download may fail."""
-    # It ends with us: nobody else would wait for it.
-    command = ["setpriv", "--pdeathsig", "TERM", "mmdebstrap"]
+    # In namespaces of its own, so that it ends with us and a killed build leaves no mounts behind.
+    command = ["setpriv", "--pdeathsig", "KILL", *NAMESPACES, "--mount-proc", "mmdebstrap"]
     command += [f"--variant={variant}", f"--include={','.join(packages)}"]
     # A mirror that lags behind is as good for a test; signatures are checked all the same.
     command += ['--aptopt=Acquire::Check-Valid-Until "false"', "--aptopt=Acquire::Retries 3"]
     command += [f"--dpkgopt=path-exclude=/usr/share/{path}/*" for path in ("doc", "man", "locale", "info")]
+    temporary = {"TMPDIR": str(target.parent)}
     try:
-        run([*command, suite, target, MIRROR])
+        run([*command, suite, target, MIRROR], env=temporary)
     except HostsError:
         if STOP.is_set():
             raise
         shutil.rmtree(target, ignore_errors=True)
-        run([*command, suite, target, MIRROR])
+        run([*command, suite, target, MIRROR], env=temporary)
 
 
 def build_root(target: Path) -> None:
@@ -517,6 +528,11 @@ def cgroup_mounts() -> dict[Path, str]:
 
 
 def host_variables(each: Run, host: Host) -> dict[str, object]:
+    """How Ansible reaches a host, and what tests need to know of it.
+
+    Containers share this machine's cgroups and containerd names a cgroup after its namespace: tests use the parent
+    and the namespace given here, which are the host's own and go with it.
+    """
     unified = [path for path, kind in cgroup_mounts().items() if kind == "cgroup2"]
     mount = unified[0] if host.kind == "container" and unified else Path("/sys/fs/cgroup")
     return {
@@ -593,10 +609,9 @@ def start_kernel(each: Run, host: Host, settings: Settings) -> None:
         command = [HERE / "boot-uml", image("uml"), image("root"), PEER, f"mem={settings.memory}M", *words]
     else:
         command = [HERE / "boot-qemu", image("qemu"), PEER, f"{settings.memory}M", *words]
-    namespaces = ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child=KILL"]
     with each.log(host).open("wb") as log:
         child = subprocess.Popen(
-            [*namespaces, *map(str, command)],
+            [*NAMESPACES, "--net", *map(str, command)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -730,7 +745,7 @@ def close_connections(each: Run) -> None:
 
 
 def remove_containers(each: Run) -> None:
-    if not shutil.which("podman"):
+    if all(host.kind == "kernel" for host in each.hosts):
         return
     # A podman that outlived its killed `up` may be making a container still: let it end, or end it.
     wait_for(lambda: not marked(COMMAND_MARK, each.id), time.monotonic() + 15)

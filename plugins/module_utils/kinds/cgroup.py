@@ -9,13 +9,15 @@ such file: there the processes of the whole subtree are listed.
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import errno
 import os
 import select
 import signal
-import stat
 import time
 
+from .. import mounts, processes
 from .. import resource as r
 from ..probe import Absent, read_text
 
@@ -28,23 +30,26 @@ RULE = {
 }
 
 KILL_SECONDS = 2.0
+MAX_HOLDERS = 20
+MAX_PINNED = 256
+# What an access to a cgroup gives that is gone, or is just being removed.
+REMOVED = (errno.ENOENT, errno.ENODEV)
 SYSTEMD_SUFFIXES = (".scope", ".service", ".slice")
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def collect(rules, host):
     """Return all cgroups right below the configured roots whose name is that of a VM."""
-    names = r.Names(KIND, rules)
     found, foreign = [], 0
-    ours = _own_cgroups()
-    for mount, version in cgroup_mounts(read_text("/proc/self/mountinfo")):
-        for root in _roots(rules):
+    everybody, ours = r.Names(KIND, rules), _own_pids()
+    for mount, version in cgroup_mounts(mounts.read()):
+        for root, names in _names(rules).items():
             for entry in _directories(os.path.join(mount, root)):
-                vm_id, rule = names.match(entry.name, wanted=lambda rule, root=root: _root(rule) == root)
+                vm_id = names.match(entry.name)[0]
                 if vm_id is None:
                     foreign += 1
                     continue
-                one = _describe(entry.path, vm_id, version, host, names, ours)
+                one = _describe(entry.path, vm_id, version, host, everybody, ours)
                 if one is not None:
                     found.append(one)
     return {"resources": found, "foreign": foreign}
@@ -52,96 +57,103 @@ def collect(rules, host):
 
 def inspect(token, rules, host):
     """Return None when this very cgroup is still there, ours and (unless it is to be stopped first) not populated."""
-    place = _locate(token, rules)
-    if place is None:
-        return r.outcome(token, r.FAILED, "not below a configured cgroup root, or not the name of this VM")
-    version = place
-    try:
-        status = os.lstat(token["name"])
-    except FileNotFoundError:
-        return r.outcome(token, r.ALREADY_GONE)
-    if not stat.S_ISDIR(status.st_mode) or _identity(host, status) != token["identity"]:
-        return r.outcome(token, r.IDENTITY_CHANGED, "another cgroup of the same name is there now")
-    if any(is_same_or_above(token["name"], path) for path in _own_cgroups()):
-        return r.outcome(token, r.DEFERRED, "the reaper itself runs in it")
-    if not token.get("stop") and _populated(token["name"], version):
-        return r.outcome(token, r.DEFERRED, "populated", holders=_processes(token["name"]))
-    return None
+    return _with_cgroup(token, rules, host, lambda cgroup: None)
 
 
 def stop(token, rules, host):
     """Kill all that runs in the cgroup and wait up to two seconds for it to be empty."""
-    refused = inspect(dict(token, stop=True), rules, host)
-    if refused is not None:
-        return None if refused["outcome"] == r.ALREADY_GONE else refused
-    directory = os.open(token["name"], DIRECTORY)
-    try:
-        # The descriptor pins the object: what is killed below is the cgroup that was compared here.
-        if _identity(host, os.fstat(directory)) != token["identity"]:
-            return r.outcome(token, r.IDENTITY_CHANGED, "another cgroup of the same name is there now")
-        return _kill(token, directory, _locate(token, rules))
-    finally:
-        os.close(directory)
+    refused = _with_cgroup(dict(token, stop=True), rules, host, lambda cgroup: _kill(token, cgroup))
+    return None if refused is not None and refused["outcome"] == r.ALREADY_GONE else refused
 
 
 def remove(token, rules, host):
     """Remove the cgroup and its children, children first. Never kills: see stop()."""
-    refused = inspect(dict(token, stop=False), rules, host)
-    if refused is not None:
-        return refused
+    return _with_cgroup(dict(token, stop=False), rules, host, lambda cgroup: _remove(token, cgroup))
+
+
+# A cgroup that is held open. ``held`` leads to this very object, and to nothing once that is removed, whatever has its
+# name by then; so all that is read, killed or removed below is what was compared.
+_Cgroup = collections.namedtuple("_Cgroup", "path held directory version")
+
+
+def _with_cgroup(token, rules, host, act):
+    version = _locate(token, rules)
+    if version is None:
+        return r.outcome(token, r.FAILED, "not below a configured cgroup root, or not the name of this VM")
+    try:
+        directory = os.open(token["name"], DIRECTORY)
+    except FileNotFoundError:
+        return r.outcome(token, r.ALREADY_GONE)
+    try:
+        cgroup = _Cgroup(token["name"], "/proc/self/fd/%d" % directory, directory, version)
+        return _refusal(token, cgroup, rules, host) or act(cgroup)
+    except OSError as err:
+        if err.errno in REMOVED:
+            return r.outcome(token, r.ALREADY_GONE)
+        raise
+    finally:
+        os.close(directory)
+
+
+def _refusal(token, cgroup, rules, host):
+    if _identity(host, os.fstat(cgroup.directory)) != token["identity"]:
+        return r.outcome(token, r.IDENTITY_CHANGED, "another cgroup of the same name is there now")
+    holders = _holders(cgroup.path, cgroup.held, token["vm_id"], r.Names(KIND, rules), _own_pids())
+    if holders:
+        return r.outcome(token, r.DEFERRED, "not the VM's alone", holders=holders)
+    if not token.get("stop") and _populated(cgroup.held, cgroup.version):
+        return r.outcome(token, r.DEFERRED, "populated", holders=_processes(cgroup.held))
+    return None
+
+
+def _remove(token, cgroup):
     deadline = time.monotonic() + KILL_SECONDS
     while True:
         try:
-            _remove_tree(token["name"])
-            return r.outcome(token, r.REAPED)
-        except FileNotFoundError:
+            for child in _descendants(cgroup.held):
+                os.rmdir(child)
+            # Only the last step has to go by the name; look once more whose name that is.
+            if not os.path.samestat(os.lstat(cgroup.path), os.fstat(cgroup.directory)):
+                return r.outcome(token, r.IDENTITY_CHANGED, "another cgroup of the same name is there now")
+            os.rmdir(cgroup.path)
             return r.outcome(token, r.REAPED)
         except OSError as err:
+            if err.errno in REMOVED:
+                return r.outcome(token, r.REAPED)
             # EBUSY also while the kernel still takes the last exited task out of the cgroup.
             if err.errno != errno.EBUSY:
                 raise
             if time.monotonic() > deadline:
-                return r.outcome(token, r.DEFERRED, "busy", holders=_processes(token["name"]))
+                return r.outcome(token, r.DEFERRED, "busy", holders=_processes(cgroup.held))
         time.sleep(0.005)
 
 
-def cgroup_mounts(mountinfo):
-    """Return ``[(mount point, 1 | 2)]`` of all cgroup hierarchies in the text of /proc/self/mountinfo.
+def cgroup_mounts(table):
+    """Return ``[(mount point, 1 | 2)]`` of all cgroup hierarchies in the mount table.
 
-    A hierarchy that is mounted more than once (bind mounts) counts once, so that a cgroup has one name.
+    A hierarchy that is mounted more than once (bind mounts) counts once, so that a cgroup has one name. What is mounted
+    last on a point hides what was there.
     """
-    found, seen = [], set()
-    for line in mountinfo.splitlines():
-        before, separator, after = line.partition(" - ")
-        fields, kind = before.split(" "), after.split(" ")[0]
-        if not separator or kind not in ("cgroup", "cgroup2") or len(fields) < 5:
-            continue
-        device, root, point = fields[2], fields[3], _unescape(fields[4])
-        if (device, root) not in seen:
-            seen.add((device, root))
-            found.append((point, 2 if kind == "cgroup2" else 1))
+    visible = {mount.point: mount for mount in table}
+    found = {}
+    for mount in visible.values():
+        if mount.kind in ("cgroup", "cgroup2"):
+            found.setdefault((mount.device, mount.root), (mount.point, 2 if mount.kind == "cgroup2" else 1))
     if not found:
         raise Absent("no cgroup hierarchy is mounted")
-    return found
+    return list(found.values())
 
 
-def is_same_or_above(directory, path):
-    """Tell whether ``path`` is ``directory`` or lies below it."""
-    return path == directory or path.startswith(directory.rstrip("/") + "/")
-
-
-def _describe(path, vm_id, version, host, names, ours):
+def _describe(path, vm_id, version, host, everybody, ours):
     try:
         status = os.lstat(path)
         populated = _populated(path, version)
-        holders = _holders(path, vm_id, names, ours, has_children=status.st_nlink > 2)
-    except (FileNotFoundError, NotADirectoryError):
-        return None  # gone between the listing and the read
+        holders = _holders(path, path, vm_id, everybody, ours if populated else ())
     except OSError as err:
-        if err.errno == errno.ENODEV:
-            return None  # what a read of a cgroup gives that is being removed
+        if err.errno in REMOVED:
+            return None  # gone between the listing and the read
         raise
-    age = time.time() - status.st_ctime
+    # No age: the kernel stamps a cgroup's inode when it is first looked at, which may be years after the cgroup was made.
     return r.resource(
         KIND,
         path,
@@ -149,22 +161,20 @@ def _describe(path, vm_id, version, host, names, ours):
         _identity(host, status),
         in_use=populated,
         holders=holders,
-        age_seconds=round(age, 1) if age >= 0 else None,
         details={"version": version},
     )
 
 
-def _holders(path, vm_id, names, ours, has_children):
+def _holders(path, held, vm_id, everybody, ours):
+    """Return what makes the cgroup not the VM's alone: systemd's, another VM's below it, the reaper's own."""
     found = []
     if path.endswith(SYSTEMD_SUFFIXES):
         found.append(r.holder("systemd_unit", os.path.basename(path)))
-    if any(is_same_or_above(path, own) for own in ours):
+    if ours and not ours.isdisjoint(_pids(held)):
         found.append(r.holder("reaper", path))
-    if has_children:
-        for child, _directories_below, _files in os.walk(path):
-            other = names.match(os.path.basename(child))[0]
-            if child != path and other not in (None, vm_id):
-                found.append(r.holder("other_vm", child))
+    for child in _descendants(held):
+        if everybody.match(os.path.basename(child))[0] not in (None, vm_id):
+            found.append(r.holder("other_vm", path + child[len(held) :]))
     return found
 
 
@@ -179,81 +189,90 @@ def _populated(path, version):
 
 
 def _pids(path):
-    """Return the pids in the cgroup and in all below it."""
+    """Return the pids in the cgroup and in all below it, without those that are not seen from our pid namespace."""
     found = []
-    for directory, _directories_below, _files in os.walk(path):
+    for directory in _descendants(path) + [path]:
         try:
-            found += [int(pid) for pid in read_text(os.path.join(directory, "cgroup.procs"), 1 << 24).split()]
-        except (FileNotFoundError, OSError):
-            continue  # removed while we looked
+            pids = read_text(os.path.join(directory, "cgroup.procs"), 1 << 24).split()
+        except OSError as err:
+            if err.errno not in REMOVED + (errno.EOPNOTSUPP,):  # the last one: threads, listed in a cgroup above
+                raise
+            continue
+        found += [int(pid) for pid in pids if pid != "0"]
     return found
+
+
+def _descendants(path):
+    """Return all cgroups below one, children before their parents."""
+    below, found = [path], []
+    while below:
+        children = [entry.path for entry in _directories(below.pop())]
+        below += children
+        found += children
+    return found[::-1]
 
 
 def _processes(path):
-    """Return holders that name what runs in the cgroup: pid, command and, for one that is stuck, where."""
-    found = []
-    for pid in _pids(path)[:20]:
-        try:
-            name = "%d %s" % (pid, read_text("/proc/%d/comm" % pid).strip())
-            if ") D " in read_text("/proc/%d/stat" % pid):
-                name += " (unkillable: %s)" % (read_text("/proc/%d/wchan" % pid).strip() or "state D")
-        except OSError:
-            continue
-        found.append(r.holder("process", name))
-    return found
+    """Return holders that name what runs in the cgroup."""
+    return [one for one in map(processes.holder, _pids(path)[:MAX_HOLDERS]) if one is not None]
 
 
-def _kill(token, directory, version):
-    opener = lambda name, flags: os.open(name, flags, dir_fd=directory)  # noqa: E731
-    if version == 2:
-        try:
-            with open("cgroup.kill", "w", opener=opener) as stream:
-                stream.write("1")
-        except FileNotFoundError:  # before Linux 5.14
-            pass
-        else:
-            if _wait_until_empty(directory, KILL_SECONDS):
-                return None
-            return _still_there(token)
+def _kill(token, cgroup):
+    """Kill all in the cgroup; return None when nothing runs in it any more, else an OUTCOME."""
+    if cgroup.version == 2 and _write(cgroup, "cgroup.kill", b"1"):
+        is_empty = _wait_until_empty(cgroup.directory, KILL_SECONDS)
+    else:
+        is_empty = _kill_one_by_one(cgroup)
+    if is_empty:
+        return None
+    return r.outcome(token, r.DEFERRED, "does not die of SIGKILL", holders=_processes(cgroup.held))
+
+
+def _kill_one_by_one(cgroup):
+    """Do what cgroup.kill does, for v1 and for Linux before 5.14. What is frozen dies when it is thawed."""
     deadline = time.monotonic() + KILL_SECONDS
-    while time.monotonic() < deadline:
-        pids = _pids(token["name"])
-        if not pids:
-            return None
-        for pid in pids:
-            _kill_member(pid, token["name"])
+    while _populated(cgroup.held, cgroup.version):
+        if time.monotonic() > deadline:
+            return False
+        _kill_members(_pids(cgroup.held)[:MAX_PINNED], cgroup.held)
+        _write(cgroup, "freezer.state", b"THAWED")
         time.sleep(0.01)
-    return _still_there(token)
+    return True
 
 
-def _still_there(token):
-    return r.outcome(token, r.DEFERRED, "does not die of SIGKILL", holders=_processes(token["name"]))
-
-
-def _kill_member(pid, path):
-    """Kill one process if it is in the cgroup still. The pidfd pins the process, so a reused pid is not hit."""
+def _kill_members(pids, path):
+    """Kill the processes that are in the cgroup still once they are pinned, so that no reused pid is hit."""
+    pinned = {}
     try:
-        descriptor = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else None
-    except ProcessLookupError:
-        return
-    try:
-        if pid not in _pids(path):
-            return
-        if descriptor is None:
-            os.kill(pid, signal.SIGKILL)
-        else:
-            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                pinned[pid] = processes.pin(pid)
+        for pid in set(_pids(path)).intersection(pinned):
+            with contextlib.suppress(ProcessLookupError):
+                processes.send(pinned[pid], pid, signal.SIGKILL)
     finally:
-        if descriptor is not None:
-            os.close(descriptor)
+        for descriptor in pinned.values():
+            if descriptor is not None:
+                os.close(descriptor)
+
+
+def _write(cgroup, name, data):
+    """Write to a file of the cgroup; return whether there is one. (Not by open(): its O_CREAT gives EACCES here.)"""
+    try:
+        descriptor = os.open(name, os.O_WRONLY | os.O_CLOEXEC, dir_fd=cgroup.directory)
+    except FileNotFoundError:
+        return False
+    try:
+        os.write(descriptor, data)
+    finally:
+        os.close(descriptor)
+    return True
 
 
 def _wait_until_empty(directory, seconds):
     """Wait for ``populated 0``; the kernel signals a change of cgroup.events with POLLPRI."""
     deadline = time.monotonic() + seconds
-    events = os.open("cgroup.events", os.O_RDONLY, dir_fd=directory)
+    events = os.open("cgroup.events", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
     try:
         poll = select.poll()
         poll.register(events, select.POLLPRI)
@@ -264,51 +283,36 @@ def _wait_until_empty(directory, seconds):
             if left <= 0:
                 return False
             poll.poll(left * 1000)
-    except OSError as err:
-        if err.errno == errno.ENODEV:
-            return True  # somebody else removed it meanwhile
-        raise
     finally:
         os.close(events)
 
 
-def _remove_tree(path):
-    """Remove a cgroup directory by directory, children first. Files in it are the kernel's and go with it."""
-    for directory, _directories_below, _files in os.walk(path, topdown=False):
-        os.rmdir(directory)
-
-
 def _locate(token, rules):
     """Return the version of the hierarchy that the token's cgroup is in, None if it is not one of ours."""
-    parent, name = os.path.split(token["name"])
-    if os.path.normpath(token["name"]) != token["name"]:
-        return None
-    names = r.Names(KIND, rules)
-    for mount, version in cgroup_mounts(read_text("/proc/self/mountinfo")):
-        for root in _roots(rules):
-            if parent == os.path.join(mount, root):
-                vm_id = names.match(name, wanted=lambda rule, root=root: _root(rule) == root)[0]
-                return version if vm_id == token["vm_id"] else None
+    parent, _slash, name = token["name"].rpartition("/")
+    for mount, version in cgroup_mounts(mounts.read()):
+        for root, names in _names(rules).items():
+            if parent == os.path.join(mount, root) and name not in (".", ".."):
+                return version if names.match(name)[0] == token["vm_id"] else None
     return None
 
 
-def _own_cgroups():
-    """Return the paths of the cgroups that this process is in, in every hierarchy, with all mount points tried."""
-    found = []
-    mounts = [mount for mount, _version in cgroup_mounts(read_text("/proc/self/mountinfo"))]
-    for line in read_text("/proc/self/cgroup").splitlines():
-        path = line.split(":", 2)[-1].strip("/")
-        found += [os.path.join(mount, path).rstrip("/") for mount in mounts if path]
-    return found
+def _own_pids():
+    """Return our pid and those of our ancestors: whatever cgroup one of them is in, in any hierarchy, is not killed."""
+    return frozenset(processes.lineage(os.getpid()))
 
 
-def _roots(rules):
-    return sorted({_root(rule) for rule in rules})
+def _names(rules):
+    """Return ``{root: the Names of its rules}``."""
+    roots = {}
+    for rule in rules:
+        roots.setdefault(_root(rule), []).append(rule)
+    return {root: r.Names(KIND, its_rules) for root, its_rules in sorted(roots.items())}
 
 
 def _root(rule):
     root = rule["root"].strip("/")
-    if not root or ".." in root.split("/"):
+    if not root or {"", ".", ".."}.intersection(root.split("/")):
         raise r.RuleError("cgroup rule: 'root' must name a cgroup below the mount point: %r" % rule["root"])
     return root
 
@@ -317,10 +321,7 @@ def _directories(path):
     try:
         with os.scandir(path) as entries:
             return [entry for entry in entries if entry.is_dir(follow_symlinks=False)]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-
-
-def _unescape(text):
-    """Undo the octal escapes of mountinfo."""
-    return text.encode("latin-1", "replace").decode("unicode_escape") if "\\" in text else text
+    except OSError as err:
+        if err.errno in REMOVED + (errno.ENOTDIR,):
+            return []
+        raise

@@ -166,7 +166,7 @@ def _match(names, client, snapshotter, snapshot):
     return names.match(
         snapshot["name"],
         snapshot["labels"],
-        lambda rule: containerd.looks_at(rule, client) and _snapshotter(rule) == snapshotter,
+        lambda rule: containerd.looks_at(rule, client) ,
     )
 
 
@@ -197,7 +197,7 @@ def _usage(token, rules, host):
 
 
 def _locate(token, rules, host):
-    """Return ``(client, snapshotter, key)`` of what the token names, with None for the client if no rule looks there."""
+    """Return ``(client, snapshotter, key)`` of what the token names; no client where no rule looks there."""
     _namespace, _separator, rest = token["name"].partition("/")
     snapshotter, _separator, key = rest.partition("/")
     rules = [rule for rule in rules if _snapshotter(rule) == snapshotter]

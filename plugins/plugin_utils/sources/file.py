@@ -34,6 +34,7 @@ def fetch(options, context):
         return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except OSError as err:
         raise ManifestError("unreadable", "%s cannot be read: %s" % (describe(options), err.strerror)) from err
-    except (ValueError, yaml.YAMLError, RecursionError) as err:
+    # PyYAML says of some values that have the wrong tag only that an index, a key or an attribute is missing.
+    except (ValueError, LookupError, AttributeError, TypeError, yaml.YAMLError, RecursionError) as err:
         problem = " ".join(str(err).split())
         raise ManifestError("unreadable", "%s is no YAML or JSON: %s" % (describe(options), problem)) from err

@@ -1,0 +1,229 @@
+# Copyright: The microvm.reaper authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""device-mapper: what dmsetup and sysfs tell of its devices, and who has one of them open.
+
+A name is the kernel's, the one seen in /dev/mapper: dmsetup hands a blank to the kernel as ``\\x20`` and translates it
+back when it prints. ``--manglename none`` keeps it from translating, so no byte of a name is taken for a separator.
+"""
+
+from __future__ import annotations
+
+import collections
+import errno
+import os
+import re
+import stat
+
+from . import mounts, processes
+from . import resource as r
+from .probe import Absent, ProbeError, Worker, read_text
+
+SYS = "/sys"
+UDEV_CONTROL = "/run/udev/control"
+DOES_NOT_EXIST = "Device does not exist"
+NO_SUCH_DEVICE = "No such device or address"
+BUSY = "Device or resource busy"
+NO_DATA = "No data available"
+SECTOR = 512
+MAX_HOLDERS = 20
+OPENERS_SECONDS = 2.0
+
+# ``number`` is "major:minor", ``sectors`` and ``words`` are the length and the parameters of a table's only line.
+Device = collections.namedtuple("Device", "number name uuid open suspended segments")
+Line = collections.namedtuple("Line", "sectors words")
+
+# A name cannot hold a slash, so it is the separator; the uuid, which can, comes last.
+_INFO_FORMAT = ("--noheadings", "--separator", "/", "-o", "major,minor,open,suspended,segments,name,uuid")
+_INFO = re.compile(r"(\d+)/(\d+)/(\d+)/(Active|Suspended)/(\d+)/([^/]+)/(.*)")
+
+
+def devices(host):
+    """Return ``{number: Device}`` of all devices."""
+    require()
+    return parse_info(listing(host, "info", "-c", *_INFO_FORMAT))
+
+
+def tables(host, target):
+    """Return ``{name: Line}`` of all devices whose table is one line with that target."""
+    return parse_lines(listing(host, "table", "--target", target), target)
+
+
+def statuses(host, target):
+    """Return ``{name: Line}`` as tables() does, of what the targets report. Does not make a pool commit or wait."""
+    return parse_lines(listing(host, "status", "--noflush", "--target", target), target)
+
+
+def device(host, number):
+    """Return the Device with this number, None when there is none."""
+    return parse_info(_one(host, number, "info", "-c", *_INFO_FORMAT)).get(number)
+
+
+def table(host, number, target):
+    """Return the Line that is the whole table of a device, None when it is another target or there is no device."""
+    return parse_lines(": " + _one(host, number, "table").rstrip("\n"), target).get("")
+
+
+def require():
+    """Raise Absent where the kernel has no device-mapper: asking dmsetup would load it."""
+    if not os.path.exists(os.path.join(SYS, "class/misc/device-mapper")):
+        raise Absent("the kernel has no device-mapper, or has not loaded it")
+
+
+def parse_info(text):
+    """Parse what ``info -c`` prints with our fields. A line that is a part of a name, after a newline, is no match."""
+    found = {}
+    for line in text.split("\n"):
+        matched = _INFO.fullmatch(line)
+        if matched:
+            major, minor, opened, state, segments, name, uuid = matched.groups()
+            number = "%s:%s" % (major, minor)
+            found[number] = Device(number, name, uuid, int(opened), state == "Suspended", int(segments))
+    return found
+
+
+def parse_lines(text, target):
+    """Parse ``name: start length target words...``. A name that comes twice has no table of one line: left out."""
+    pattern = re.compile(r"(.*): 0 (\d+) %s(?: (.*))?" % re.escape(target), re.DOTALL)
+    found, seen = {}, collections.Counter()
+    for line in text.split("\n"):
+        name = line.rpartition(": ")[0]
+        seen[name] += 1
+        matched = pattern.fullmatch(line)
+        if matched:
+            found[name] = Line(int(matched.group(2)), (matched.group(3) or "").split())
+    return {name: line for name, line in found.items() if seen[name] == 1}
+
+
+def listing(host, *arguments):
+    """Return the output of a dmsetup command that lists many devices; one that vanishes meanwhile is no failure."""
+    for _attempt in range(3):
+        rc, out, err = dmsetup(host, *arguments)
+        if rc == 0:
+            return out
+        if NO_SUCH_DEVICE not in err:
+            break
+    raise ProbeError("dmsetup %s: %s" % (arguments[0], reason(err) or "exit code %d" % rc))
+
+
+def _one(host, number, command, *arguments):
+    """Return the output of a dmsetup command on one device, nothing when there is no such device."""
+    major, _colon, minor = number.partition(":")
+    rc, out, err = dmsetup(host, command, "--major", major, "--minor", minor, *arguments)
+    if rc == 0:
+        return out
+    if NO_SUCH_DEVICE in err or DOES_NOT_EXIST in err:
+        return ""
+    raise ProbeError("dmsetup %s %s: %s" % (command, number, reason(err) or "exit code %d" % rc))
+
+
+def dmsetup(host, command, *arguments):
+    """Run dmsetup; return ``(rc, stdout, stderr)``."""
+    # Where no udevd runs, dmsetup would wait for it, and leave the nodes in /dev/mapper to it.
+    environment = {} if os.path.exists(UDEV_CONTROL) else {"DM_DISABLE_UDEV": "1"}
+    return host.run("dmsetup", command, "--manglename", "none", "--noudevsync", *arguments, environment=environment)
+
+
+def reason(err):
+    """Return what dmsetup complained of, as one short line that can be printed."""
+    lines = [line.strip() for line in err.split("\n") if line.strip() and line.strip() != "Command failed."]
+    return processes.printable("; ".join(lines))[:300]
+
+
+def attribute(number, name):
+    """Return a file of a device in sysfs without its final newline, None when there is no such device or file."""
+    try:
+        text = read_text(os.path.join(SYS, "dev/block", number, name))
+    except OSError as err:
+        if err.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
+            return None
+        raise
+    return text[:-1] if text.endswith("\n") else text
+
+
+def incarnation(number):
+    """Return a word that no other device of this boot has or will have, None when there is no such device.
+
+    Before Linux 5.15 a device has no sequence number; the inode of its directory in sysfs does not come again either.
+    """
+    sequence = attribute(number, "diskseq")
+    if sequence is not None:
+        return "seq%s" % sequence
+    try:
+        return "ino%d" % os.stat(os.path.join(SYS, "dev/block", number)).st_ino
+    except FileNotFoundError:
+        return None
+
+
+def devices_on(number):
+    """Return HOLDERs for the block devices that are built on a device."""
+    try:
+        names = sorted(os.listdir(os.path.join(SYS, "dev/block", number, "holders")))
+    except FileNotFoundError:
+        return []
+    found = []
+    for name in names[:MAX_HOLDERS]:
+        try:
+            called = read_text(os.path.join(SYS, "block", name, "dm/name")).rstrip("\n")
+        except OSError:
+            called = name
+        found.append(r.holder("device", processes.printable(called)))
+    return found
+
+
+def node(number):
+    """Return the path of a block device's node, None when there is none."""
+    event = attribute(number, "uevent") or ""
+    name = next((line[len("DEVNAME=") :] for line in event.split("\n") if line.startswith("DEVNAME=")), None)
+    path = os.path.join("/dev", name) if name else None
+    try:
+        status = os.stat(path) if path else None
+    except OSError:
+        return None
+    return path if status and stat.S_ISBLK(status.st_mode) and _number(status.st_rdev) == number else None
+
+
+def openers(number):
+    """Return HOLDERs for who has a device open: devices on it, mounts, swap, processes. Looks for two seconds only."""
+    worker = Worker(_openers)
+    try:
+        return devices_on(number) + worker.call(number, OPENERS_SECONDS)
+    except ProbeError:
+        return devices_on(number)  # a file on a dead server, open in any process, can hang who asks what it is
+    finally:
+        worker.close()
+
+
+def _openers(number):
+    found = []
+    path = node(number)
+    for line in read_text("/proc/swaps").split("\n")[1:]:
+        if path and os.path.realpath(line.split(" ")[0]) == path:
+            found.append(r.holder("swap", path))
+    points = set()
+    for pid in processes.pids():
+        try:
+            points.update(mount.point for mount in mounts.read(pid) if mount.device == number)
+            if _has_open(pid, number):
+                found.append(processes.holder(pid))
+        except OSError:
+            continue  # ended while we looked
+    found += [r.holder("mount", processes.printable(point)) for point in sorted(points)]
+    return [one for one in found if one is not None][:MAX_HOLDERS]
+
+
+def _has_open(pid, number):
+    for name in os.listdir("/proc/%d/fd" % pid):
+        try:
+            path = "/proc/%d/fd/%s" % (pid, name)
+            if not os.readlink(path).startswith("/"):
+                continue  # a socket, a pipe
+            status = os.stat(path)
+        except OSError:
+            continue  # closed while we looked
+        if stat.S_ISBLK(status.st_mode) and _number(status.st_rdev) == number:
+            return True
+    return False
+
+
+def _number(device):
+    return "%d:%d" % (os.major(device), os.minor(device))

@@ -1,0 +1,320 @@
+# Copyright: The microvm.reaper authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""Thin volumes of device-mapper. One resource is one active device whose whole table is one ``thin`` target.
+
+Its name is the kernel's, as in /dev/mapper; its identity the boot id, the sequence number that the kernel gives to each
+block device once, the pool and the thin id. Removal has two steps: the device is deactivated, which the kernel refuses
+while anybody has it open, and only then is its thin id deleted, which gives the blocks back to the pool. A reaper that
+is killed between the two leaves an intent, and the next one finishes it if the pool's metadata prove that the id still
+stands for that volume.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import re
+import stat
+import time
+
+from .. import dm, thin_pool
+from .. import resource as r
+from ..probe import DeadlineExceeded, ProbeError
+
+KIND = "dm_thin"
+STOPS = False
+DEPENDS_ON = ("cgroup", "container", "snapshot")
+RESUMES = True
+RULE = {
+    "name": {"type": "str", "required": True},
+    "pool": {"type": "str"},
+}
+
+# Whatever probes new and changed block devices, udevd for one, opens them for moments.
+BUSY_TRIES = 5
+BUSY_PAUSE = 0.2
+# Volumes that other managers keep account of, by the beginning of their own or their pool's uuid.
+MANAGERS = (("LVM-", "lvm"), ("stratis-", "stratis"))
+TAG = "microvm-reaper-"
+
+Volume = collections.namedtuple("Volume", "device pool thin_id sectors")
+
+
+def collect(rules, host):
+    """Return all thin volumes whose name is that of a VM. Four commands, however many volumes there are."""
+    names = r.Names(KIND, rules)
+    devices = dm.devices(host)
+    tables = dm.tables(host, "thin")
+    mapped = dm.statuses(host, "thin")
+    pools = thin_pool.pools(devices, host)
+    found, foreign = [], 0
+    for device in devices.values():
+        table = tables.get(device.name)
+        if table is None or device.segments != 1:
+            continue
+        volume = _volume(device, table, lambda number: pools.get(number, (None,))[0])
+        vm_id = _vm_id(names, device.name, volume.pool) if volume else None
+        if vm_id is None:
+            foreign += 1
+            continue
+        one = _describe(volume, vm_id, mapped.get(device.name), pools[volume.pool.number][1].trouble, host)
+        if one is not None:
+            found.append(one)
+    return {"resources": found, "foreign": foreign}
+
+
+def inspect(token, rules, host):
+    """Return None when this very volume is there and ours, nobody uses it and its pool can take a delete."""
+    if _is_inactive(token, host):
+        return _resumable(token, rules, host)[0]
+    return _removable(token, rules, host)[0]
+
+
+def prepare(tokens, _rules, host):
+    """Return what proves, after a crash, that a thin id still stands for the volume of its token. May have gaps."""
+    found = {}
+    for number in sorted({token["details"]["pool_device"] for token in tokens if not token.get("resume")}):
+        pool = thin_pool.pool(number)
+        try:
+            records = thin_pool.records(pool, host) if pool else {}
+        except DeadlineExceeded:
+            break
+        except (ProbeError, OSError):
+            continue
+        for token in tokens:
+            details = token["details"]
+            if details["pool_device"] == number and details["thin_id"] in records and not token.get("resume"):
+                found[token["name"]] = {"record": records[details["thin_id"]]}
+    return found
+
+
+def remove(token, rules, host):
+    """Deactivate the volume and delete its thin id, so that its blocks go back to the pool. Never forces."""
+    if _is_inactive(token, host):
+        refused, pool = _resumable(token, rules, host)
+        refused = refused or _unproved(token, pool, host)
+        if refused is None:
+            # Whoever activated it while we looked has it now; the kernel does not delete the id of an active volume.
+            return _delete(token, pool, token["details"]["thin_id"], host)
+        # What is put off keeps its intent.
+        return dict(refused, unfinished=True) if refused["outcome"] == r.DEFERRED else refused
+    refused, volume = _removable(token, rules, host)
+    refused = refused or _deactivate(token, volume, host)
+    return refused or _delete(token, volume.pool, volume.thin_id, host)
+
+
+def _volume(device, table, pool_of):
+    """Return the Volume of a device and its table, None when its pool is gone or the table is not understood."""
+    if len(table.words) < 2 or not re.fullmatch(r"\d+:\d+", table.words[0]) or not table.words[1].isdigit():
+        return None
+    pool = pool_of(table.words[0])
+    return Volume(device, pool, int(table.words[1]), table.sectors) if pool else None
+
+
+def _vm_id(names, name, pool):
+    if "\ufffd" in name:
+        return None  # was not UTF-8: there is no way to call it by its name
+    return names.match(name, wanted=lambda rule: rule.get("pool") in (None, "", pool.name))[0]
+
+
+def _describe(volume, vm_id, status, trouble, host):
+    device, pool = volume.device, volume.pool
+    identity = _identity(volume, host)
+    if identity is None or dm.attribute(device.number, "dm/name") != device.name:
+        return None  # removed, or replaced by another one, since it was listed
+    on_it = dm.devices_on(device.number)
+    words = status.words if status else []
+    return r.resource(
+        KIND,
+        device.name,
+        vm_id,
+        identity,
+        in_use=device.open > 0 or bool(on_it),
+        holders=on_it + _holders(device, pool, trouble),
+        age_seconds=_age(device.number),
+        bytes_used=int(words[0]) * dm.SECTOR if words and words[0].isdigit() else None,
+        details={
+            "pool": pool.name,
+            "pool_uuid": pool.uuid,
+            "pool_device": pool.number,
+            "thin_id": volume.thin_id,
+            "device": device.number,
+            "size_sectors": volume.sectors,
+        },
+    )
+
+
+def _holders(device, pool, trouble):
+    """Return what forbids the removal of a volume, whoever has it open."""
+    found = []
+    for prefix, manager in MANAGERS:
+        if device.uuid.startswith(prefix) or pool.uuid.startswith(prefix):
+            found.append(r.holder(manager, device.name))
+    if re.fullmatch(re.escape(pool.name) + r"-snap-\d+", device.name):
+        found.append(r.holder("containerd_snapshotter", device.name))
+    if device.suspended:
+        found.append(r.holder("suspended", device.name))
+    if trouble:
+        found.append(r.holder("pool", "%s: %s" % (pool.name, trouble)))
+    return found
+
+
+def _identity(volume, host):
+    incarnation = dm.incarnation(volume.device.number)
+    return incarnation and "%s:%s:%s:%d" % (
+        host.boot_id,
+        incarnation,
+        thin_pool.identity(volume.pool),
+        volume.thin_id,
+    )
+
+
+def _age(number):
+    """Return the seconds since the device's node in /dev was made or last changed, None when there is none."""
+    try:
+        status = os.stat("/dev/dm-%s" % number.partition(":")[2])
+    except OSError:
+        return None
+    if not stat.S_ISBLK(status.st_mode) or "%d:%d" % (os.major(status.st_rdev), os.minor(status.st_rdev)) != number:
+        return None
+    age = time.time() - status.st_ctime
+    return round(age, 1) if age >= 0 else None
+
+
+def _removable(token, rules, host):
+    """Return ``(OUTCOME | None, Volume)``; None when the token's volume may be deactivated and deleted now."""
+    number = token["details"]["device"]
+    # What can be read without dmsetup is read first: it never hangs.
+    if not _is_there(token, host):
+        return _gone_or_another(token, host), None
+    if dm.attribute(number, "dm/suspended") == "1":
+        return r.outcome(token, r.DEFERRED, "suspended", holders=[r.holder("suspended", token["name"])]), None
+    device = dm.device(host, number)
+    table = dm.table(host, number, "thin")
+    volume = _volume(device, table, thin_pool.pool) if device and table and device.segments == 1 else None
+    if volume is None or device.name != token["name"] or _identity(volume, host) != token["identity"]:
+        return _gone_or_another(token, host), None
+    if _vm_id(r.Names(KIND, rules), device.name, volume.pool) != token["vm_id"]:
+        return r.outcome(token, r.FAILED, "no rule says that it belongs to this VM"), None
+    if device.open or dm.devices_on(number):
+        return _busy(token), None
+    holders = _holders(device, volume.pool, thin_pool.read_health(volume.pool, host).trouble)
+    if holders:
+        message = "; ".join("%s %s" % (one["type"], one["name"]) for one in holders)
+        return r.outcome(token, r.DEFERRED, message, holders=holders), None
+    return None, volume
+
+
+def _is_there(token, host):
+    """Tell whether the device that the token was made for still exists, under its name."""
+    number = token["details"]["device"]
+    incarnation = dm.incarnation(number)
+    return (
+        incarnation is not None
+        and token["identity"].startswith("%s:%s:" % (host.boot_id, incarnation))
+        and dm.attribute(number, "dm/name") == token["name"]
+    )
+
+
+def _is_inactive(token, host):
+    """Tell whether an earlier reaper got as far as to deactivate the volume of this token."""
+    return bool(token.get("resume")) and not _is_there(token, host)
+
+
+def _gone_or_another(token, host):
+    if any(device.name == token["name"] for device in dm.devices(host).values()):
+        return r.outcome(token, r.IDENTITY_CHANGED, "another volume of the same name is there now")
+    return r.outcome(token, r.ALREADY_GONE)
+
+
+def _busy(token):
+    return r.outcome(token, r.DEFERRED, "busy", holders=dm.openers(token["details"]["device"]))
+
+
+def _deactivate(token, volume, host):
+    """Remove the device from the kernel's table; return None when it is gone, else an OUTCOME.
+
+    A name, and a number too, can have passed to another device since we looked. A uuid cannot, and can be given to a
+    device that has none: so it is given one, looked at once more, and removed by that.
+    """
+    number = volume.device.number
+    uuid = volume.device.uuid
+    if not uuid:
+        uuid = "%s%s:%s" % (TAG, host.boot_id, dm.incarnation(number))
+        rc, _out, err = dm.dmsetup(host, "rename", "--setuuid", "--", token["name"], uuid)
+        if rc != 0:
+            return r.outcome(token, r.FAILED, "cannot be marked for removal: %s" % dm.reason(err))
+    if not _is_there(token, host) or dm.attribute(number, "dm/uuid") != uuid:
+        return _gone_or_another(token, host)
+    for attempt in range(BUSY_TRIES):
+        if attempt:
+            time.sleep(BUSY_PAUSE)
+        rc, _out, err = dm.dmsetup(host, "remove", "--uuid", uuid)
+        if rc == 0 or dm.BUSY not in err:
+            break
+    if dm.NO_SUCH_DEVICE in err:
+        return r.outcome(token, r.ALREADY_GONE)
+    if dm.BUSY in err:
+        return _busy(token)
+    if rc != 0 or _is_there(token, host):
+        return r.outcome(token, r.FAILED, dm.reason(err) or "still there after dmsetup said that it was removed")
+    if os.path.lexists(os.path.join("/dev/mapper", token["name"])):
+        # Removal by uuid leaves the node to udevd, which does not run everywhere.
+        dm.dmsetup(host, "mknodes", "--", token["name"])
+    return None
+
+
+def _delete(token, pool, thin_id, host):
+    """Delete a thin id that no device uses any more. ``bytes`` is what the pool has free more than before."""
+    before = thin_pool.read_health(pool, host).used_bytes
+    where = "thin id %d of pool %s" % (thin_id, pool.name)
+    if dm.incarnation(pool.number) != pool.incarnation:
+        left = r.outcome(token, r.FAILED, "deactivated, but %s remains: the pool was deactivated too" % where)
+        return dict(left, unfinished=True)
+    rc, _out, err = dm.dmsetup(host, "message", "--", pool.name, "0", "delete %d" % thin_id)
+    if rc != 0 and dm.NO_DATA not in err:
+        left = r.outcome(token, r.FAILED, "deactivated, but %s remains: %s" % (where, dm.reason(err)))
+        return dict(left, unfinished=True)
+    after = thin_pool.read_health(pool, host).used_bytes
+    given_back = before - after if before is not None and after is not None else 0
+    return r.outcome(token, r.REAPED, bytes_given_back=max(given_back, 0))
+
+
+def _resumable(token, rules, host):
+    """Return ``(OUTCOME | None, Pool)``; None when nobody uses the thin id and the pool can take a delete."""
+    details = token["details"]
+    where = "thin id %d of pool %s" % (details["thin_id"], details["pool"])
+    devices = dm.devices(host)
+    number = next((one.number for one in devices.values() if one.name == details["pool"]), None)
+    pool = thin_pool.pool(number) if number else None
+    if pool is None or pool.uuid != details["pool_uuid"]:
+        return r.outcome(token, r.DEFERRED, "%s remains: the pool is not active" % where), None
+    if _vm_id(r.Names(KIND, rules), token["name"], pool) != token["vm_id"]:
+        return r.outcome(token, r.FAILED, "no rule says that it belongs to this VM"), None
+    for name, line in dm.tables(host, "thin").items():
+        if line.words[:2] == [pool.number, str(details["thin_id"])]:
+            return r.outcome(token, r.IDENTITY_CHANGED, "%s is in use again, as %s" % (where, name)), None
+    trouble = thin_pool.read_health(pool, host).trouble
+    if trouble:
+        holders = [r.holder("pool", "%s: %s" % (pool.name, trouble))]
+        return r.outcome(token, r.DEFERRED, "%s remains: %s" % (where, trouble), holders=holders), None
+    return None, pool
+
+
+def _unproved(token, pool, host):
+    """Return None when the pool's metadata prove that the thin id still stands for the token's volume."""
+    details = token["details"]
+    where = "thin id %d of pool %s" % (details["thin_id"], pool.name)
+    if not details.get("record"):
+        return r.outcome(token, r.DEFERRED, "%s remains: what it was before was not recorded" % where)
+    try:
+        now = thin_pool.records(pool, host).get(details["thin_id"])
+    except ProbeError as err:
+        return r.outcome(token, r.DEFERRED, "%s remains: %s" % (where, err))
+    if now is None:
+        return r.outcome(token, r.ALREADY_GONE, "%s was deleted" % where)
+    if now["device"] != details["record"]["device"]:
+        return r.outcome(token, r.IDENTITY_CHANGED, "%s is another volume now" % where)
+    if not thin_pool.is_same(details["record"], now):
+        return r.outcome(token, r.DEFERRED, "%s remains: nothing tells it from a new one" % where)
+    return None

@@ -1,0 +1,335 @@
+# Copyright: The microvm.reaper authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""The kinds container and snapshot on a host with a real containerd and runc, compared with what ctr says."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tarfile
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+HOSTS = ROOT / "tests" / "hosts" / "hosts.py"
+PACKAGE = "ansible_collections/microvm/reaper/plugins/module_utils"
+NAME = "containerd"
+
+pytestmark = [pytest.mark.hosts, pytest.mark.skipif(os.geteuid() != 0, reason="test hosts need root")]
+
+# Runs on the host: reads what to do, does it with the collection's own code, prints what it came to.
+DRIVER = r"""
+import json, sys, time
+sys.path.insert(0, "/tmp/reaper")
+from ansible_collections.microvm.reaper.plugins.module_utils import containerd, grpc, probe
+from ansible_collections.microvm.reaper.plugins.module_utils.kinds import container, snapshot
+
+opened = []
+connect = grpc.Connection.__init__
+grpc.Connection.__init__ = lambda self, *values: (opened.append(1), connect(self, *values))[1]
+ask = json.load(sys.stdin)
+kind = {"container": container, "snapshot": snapshot}[ask["kind"]]
+host = probe.Host(probe.boottime() + ask["seconds"])
+begin = time.monotonic()
+try:
+    if ask["act"] == "collect":
+        result = kind.collect(ask["rules"], host)
+    elif ask["act"] == "lease":
+        containerd.CALLS["leases.v1.Leases/AddResource"] = (
+            {1: ("id", "text"), 2: ("resource", containerd.LEASED)}, {})
+        client = containerd.clients("snapshot", ask["rules"], host)[0]
+        client._call("leases.v1.Leases/AddResource", id=ask["lease"],
+                     resource={"id": ask["key"], "type": "snapshots/overlayfs"})
+        result = None
+    else:
+        result = [getattr(kind, ask["act"])(token, ask["rules"], host) for token in ask["tokens"]]
+    answer = {"result": result}
+except Exception as err:
+    answer = {"error": type(err).__name__, "text": str(err)}
+print(json.dumps(dict(answer, seconds=time.monotonic() - begin, connections=len(opened))))
+"""
+
+
+class Reaper:
+    """A test host, seen through ctr and through the collection's code."""
+
+    def __init__(self, state):
+        self.state = state
+        inventory = (state / "inventory.yml").read_text()
+        self.namespace, self.image, self.archive = (
+            re.search('test_%s: "(.*)"' % key, inventory).group(1)
+            for key in ("containerd_namespace", "busybox_image", "busybox_archive")
+        )
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w") as archive:
+            archive.add(ROOT / "plugins/module_utils", PACKAGE)
+        self.shell("mkdir -p /tmp/reaper && tar -C /tmp/reaper -xf -", data=buffer.getvalue())
+        self.shell("cat > /tmp/driver.py", data=DRIVER.encode())
+        self.ctr("images import %s" % self.archive)
+
+    def shell(self, command, data=b"", check=True):
+        argv = [sys.executable, str(HOSTS), "exec", "--state", str(self.state), NAME, "--", command]
+        done = subprocess.run(argv, input=data, capture_output=True, timeout=60, check=False)
+        assert not check or done.returncode == 0, done.stderr.decode()
+        return done.stdout.decode()
+
+    def ctr(self, command, namespace=None, check=True):
+        return self.shell("ctr -n %s %s" % (namespace or self.namespace, command), check=check)
+
+    def run(self, name, options="", command="/bin/sleep 1000"):
+        self.ctr("run -d %s %s %s %s" % (options, self.image, name, command))
+
+    def tasks(self):
+        """Return ``{container: status}`` by ctr."""
+        return {line.split()[0]: line.split()[2] for line in self.ctr("tasks ls").splitlines()[1:]}
+
+    def ask(self, kind, act, rules, seconds=30, **more):
+        ask = dict(more, kind=kind, act=act, rules=rules, seconds=seconds)
+        return json.loads(self.shell("python3 /tmp/driver.py", data=json.dumps(ask).encode()))
+
+    def rule(self, name, **more):
+        return [dict(more, namespace=self.namespace, name=name)]
+
+    def collect(self, kind, rules, **more):
+        answer = self.ask(kind, "collect", rules, **more)
+        assert "error" not in answer, answer
+        return {
+            one["name"].split("/", 1 if kind == "container" else 2)[-1]: one for one in answer["result"]["resources"]
+        }
+
+    def act(self, kind, act, rules, resources, stop=False):
+        """Return the outcomes of an act on resources that were collected before."""
+        keys = ("kind", "name", "vm_id", "identity", "details")
+        tokens = [dict({key: one[key] for key in keys}, stop=stop) for one in resources]
+        answer = self.ask(kind, act, rules, tokens=tokens)
+        assert "error" not in answer, answer
+        return [
+            one and (one["outcome"], [(each["type"], each["name"]) for each in one["holders"]])
+            for one in answer["result"]
+        ]
+
+
+@pytest.fixture(scope="module")
+def reaper(tmp_path_factory):
+    state = tmp_path_factory.mktemp("containerd-host")
+    command = [sys.executable, str(HOSTS)]
+    try:
+        subprocess.run([*command, "up", "--kind", "container", "--name", NAME, "--state", str(state)], check=True)
+        host = Reaper(state)
+        yield host
+        for name in host.tasks():  # a frozen one would outlive the host
+            host.ctr("tasks resume %s; ctr -n %s tasks kill -s 9 %s" % (name, host.namespace, name), check=False)
+    finally:
+        subprocess.run([*command, "down", "--state", str(state)], check=False)
+
+
+def seconds_of(created):
+    """Return what containerd prints as a time, as our identities have it."""
+    whole, _dot, fraction = created.rstrip("Z").partition(".")
+    stamp = int(time.mktime(time.strptime(whole + " UTC", "%Y-%m-%dT%H:%M:%S %Z"))) - time.timezone
+    return "%d.%s" % (stamp, fraction.ljust(9, "0"))
+
+
+def test_it_sees_what_ctr_sees(reaper):
+    reaper.run("see-run", "--label vm=seen")
+    reaper.run("see-pause")
+    reaper.ctr("tasks pause see-pause")
+    reaper.run("see-stop")
+    reaper.ctr("tasks kill -s 9 see-stop")
+    reaper.ctr("containers create %s see-idle" % reaper.image)
+    reaper.ctr("snapshots prepare see-base && ctr -n %s snapshots commit see-done see-base" % reaper.namespace)
+    reaper.ctr("snapshots prepare see-child see-done")
+
+    containers = reaper.collect("container", reaper.rule("(?P<vm_id>.*)"))
+    assert sorted(containers) == sorted(reaper.ctr("containers ls -q").split())
+    tasks = reaper.tasks()
+    assert tasks["see-pause"] == "PAUSED" and tasks["see-stop"] == "STOPPED"
+    for name, one in containers.items():
+        info = json.loads(reaper.ctr("containers info " + name))
+        assert one["identity"] == "%s/%s/%s" % (reaper.namespace, name, seconds_of(info["CreatedAt"]))
+        assert one["details"]["snapshot_key"] == info["SnapshotKey"]
+        assert one["in_use"] == (tasks.get(name, "STOPPED") != "STOPPED")
+        assert 0 <= one["age_seconds"] < 300
+    assert [
+        one["vm_id"] for one in reaper.collect("container", [{"namespace": reaper.namespace, "label": "vm"}]).values()
+    ] == ["seen"]
+
+    snapshots = reaper.collect("snapshot", reaper.rule("(?P<vm_id>.*)"))
+    listed = [line.split() for line in reaper.ctr("snapshots ls").splitlines()[1:]]
+    assert sorted(snapshots) == sorted(line[0] for line in listed)
+    for line in listed:
+        key, parent, kind = line[0], line[1] if len(line) == 3 else None, line[-1]
+        one = snapshots[key]
+        info = json.loads(reaper.ctr("snapshots info " + key))
+        full = "%s/overlayfs/" % reaper.namespace
+        assert one["parent"] == (full + parent if parent else None)
+        expected = "%s%s@%s:%s:%s" % (full, key, seconds_of(info["Created"]), kind.lower(), parent or "")
+        assert one["identity"] == expected
+
+
+def test_stop_and_remove(reaper):
+    rules = reaper.rule("(?P<vm_id>stop-[a-z]+)")
+    reaper.run("stop-run", command="/bin/sh -c 'sleep 1000 & sleep 1000'")
+    reaper.run("stop-pause")
+    reaper.ctr("tasks pause stop-pause")
+    reaper.run("stop-done")
+    reaper.ctr("tasks kill -s 9 stop-done")
+    reaper.ctr("containers create %s stop-idle" % reaper.image)
+    found = reaper.collect("container", rules)
+    names = ["stop-run", "stop-pause", "stop-done", "stop-idle"]
+    all_of_them = [found[name] for name in names]
+
+    refused = reaper.act("container", "remove", rules, all_of_them[:2])
+    assert [outcome for outcome, _holders in refused] == ["deferred", "deferred"]
+    assert [holders[0][0] for _outcome, holders in refused] == ["process", "process"]
+    assert reaper.tasks()["stop-run"] == "RUNNING"
+
+    assert reaper.act("container", "stop", rules, all_of_them[:2], stop=True) == [None, None]
+    assert not {"stop-run", "stop-pause"} & set(reaper.tasks())
+    assert reaper.act("container", "remove", rules, all_of_them) == [("reaped", [])] * 4
+    assert reaper.act("container", "remove", rules, all_of_them) == [("already_gone", [])] * 4
+    assert not set(names) & set(reaper.ctr("containers ls -q").split())
+    assert not set(names) & set(reaper.tasks())
+
+
+def test_a_container_created_again(reaper):
+    rules = reaper.rule("(?P<vm_id>again)")
+    create = "containers create %s again" % reaper.image
+    reaper.ctr(create)
+    first = reaper.collect("container", rules)["again"]
+    reaper.ctr("containers rm again")
+    reaper.ctr(create)
+    assert reaper.act("container", "remove", rules, [first]) == [("identity_changed", [])]
+    assert "again" in reaper.ctr("containers ls -q").split()
+
+
+def test_what_holds_a_snapshot(reaper):
+    rules = reaper.rule("(?P<vm_id>hold-[a-z]+)", pinned=True)
+    full = "%s/overlayfs/" % reaper.namespace
+    for key in ("hold-active", "hold-lease", "hold-mount", "hold-free"):
+        reaper.ctr("snapshots prepare %s %s" % (key, "see-done" if key == "hold-mount" else ""))
+    reaper.ctr("snapshots commit hold-base hold-active")
+    reaper.ctr("snapshots prepare hold-child hold-base")
+    reaper.ctr("containers create %s hold-used" % reaper.image)  # its snapshot has its name
+    reaper.ctr("leases create --id night")
+    assert "error" not in reaper.ask("snapshot", "lease", rules, lease="night", key="hold-lease")
+    mount = reaper.ctr("snapshots mounts /tmp/mnt hold-mount").strip()
+    reaper.shell("mkdir -p /tmp/mnt && " + mount)
+
+    found = reaper.collect("snapshot", rules)
+    holders = {key: [(each["type"], each["name"]) for each in one["holders"]] for key, one in found.items()}
+    assert holders == {
+        "hold-base": [("child", full + "hold-child")],
+        "hold-child": [],
+        "hold-used": [("container", reaper.namespace + "/hold-used")],
+        "hold-lease": [("lease", "night")],
+        "hold-mount": [],
+        "hold-free": [],
+    }
+    held = ["hold-base", "hold-used", "hold-lease", "hold-mount"]
+    expected = [("deferred", holders[key]) for key in held[:3]] + [("deferred", [("mount", "/tmp/mnt")])]
+    assert reaper.act("snapshot", "remove", rules, [found[key] for key in held]) == expected
+
+    unpinned = reaper.rule("(?P<vm_id>hold-[a-z]+)")
+    label = ("label", "containerd.io/gc.root")
+    assert reaper.act("snapshot", "remove", unpinned, [found["hold-free"]]) == [("deferred", [label])]
+
+    leaf_first = [found[key] for key in ("hold-free", "hold-child", "hold-base")]
+    assert reaper.act("snapshot", "remove", rules, leaf_first) == [("reaped", [])] * 3
+    reaper.shell("umount /tmp/mnt")
+    reaper.ctr("leases delete --sync night")
+    left = [found[key] for key in ("hold-mount", "hold-lease")]
+    assert reaper.act("snapshot", "remove", rules, left) == [("reaped", [])] * 2
+    keys = {line.split()[0] for line in reaper.ctr("snapshots ls").splitlines()[1:]}
+    assert {key for key in keys if key.startswith("hold-")} == {"hold-used"}
+
+
+def test_an_image_holds_its_layers(reaper):
+    rules = reaper.rule("(?P<vm_id>sha256:.*)")
+    (layer,) = reaper.collect("snapshot", rules).values()
+    assert "image" in [each["type"] for each in layer["holders"]]
+
+
+def test_a_namespace_or_snapshotter_that_is_not_there(reaper):
+    nowhere = [{"namespace": "nowhere", "name": "(?P<vm_id>.*)"}]
+    for kind in ("container", "snapshot"):
+        answer = reaper.ask(kind, "collect", nowhere)
+        assert answer["result"] == {"resources": [], "foreign": 0}
+    answer = reaper.ask("snapshot", "collect", reaper.rule("(?P<vm_id>.*)", snapshotter="nosuch"))
+    assert answer["error"] == "CallError" and "nosuch" in answer["text"]
+
+
+def test_hostile_keys(reaper):
+    keys = ['q"u\\o`te', "$(touch x) {{ y }}", "new\nline", "-dash", "é", "a/b/../c", "k" * 3000]
+    namespace = "hostile"
+    for key in keys:
+        quoted = "'" + key.replace("'", "'\\''") + "'"
+        reaper.ctr("snapshots prepare -- %s" % quoted, namespace=namespace)
+    rules = [{"namespace": namespace, "name": "(?s)(?P<vm_id>[A-Za-z0-9]?).*", "label": "vm"}]
+    assert reaper.ask("snapshot", "collect", rules)["result"] == {"resources": [], "foreign": len(keys)}
+    rules = [{"namespace": namespace, "name": "(?s)(?P<vm_id>[a-z])?.+", "pinned": True}]
+    found = reaper.collect("snapshot", rules)
+    assert {one["vm_id"] for one in found.values()} == {"q", "a", "k"} - ({"k"} if len(keys[-1]) > 4096 else set())
+    assert reaper.act("snapshot", "remove", rules, list(found.values())) == [("reaped", [])] * len(found)
+
+
+def test_a_hundred_of_each(reaper):
+    """What it costs, beside one ctr for each list; and that the cost in connections does not grow."""
+    script = "for n in $(seq 100); do ctr -n %s containers create %s many-$n; done" % (reaper.namespace, reaper.image)
+    reaper.shell(script)
+    rules = reaper.rule("(?P<vm_id>many-[0-9]+)")
+    took = {}
+    for kind in ("container", "snapshot"):
+        answer = reaper.ask(kind, "collect", rules)
+        assert len(answer["result"]["resources"]) == 100 and answer["connections"] == 1
+        took[kind] = answer["seconds"]
+    took["ctr"] = float(
+        reaper.shell(
+            "python3 -c 'import os, time; b = time.time(); "
+            'os.system("ctr -n %s containers ls -q > /dev/null; ctr -n %s snapshots ls > /dev/null"); '
+            "print(time.time() - b)'" % (reaper.namespace, reaper.namespace)
+        )
+    )
+    keys = ("kind", "name", "vm_id", "identity", "details")
+    for kind in ("container", "snapshot"):
+        resources = reaper.collect(kind, rules).values() if kind == "container" else answer["result"]["resources"]
+        tokens = [dict({key: one[key] for key in keys}, stop=False) for one in resources]
+        removed = reaper.ask(kind, "remove", rules, tokens=tokens)
+        assert {one["outcome"] for one in removed["result"]} <= {"reaped", "already_gone"}
+        assert removed["connections"] == 1
+        took["remove 100 of " + kind] = removed["seconds"]
+    print(took)
+    assert took["container"] < 5 and took["snapshot"] < 5
+
+
+# --- last: what breaks the daemon
+
+
+def test_a_daemon_that_hangs_or_is_gone(reaper):
+    rules = reaper.rule("(?P<vm_id>.*)")
+    pid = reaper.shell("pidof containerd").strip()
+    reaper.shell("kill -STOP %s" % pid)
+    try:
+        for kind in ("container", "snapshot"):
+            answer = reaper.ask(kind, "collect", rules, seconds=1.5)
+            assert answer["error"] == "DeadlineExceeded"
+            assert answer["seconds"] < 3
+    finally:
+        reaper.shell("kill -CONT %s" % pid)
+    assert reaper.collect("container", rules)
+
+    reaper.shell("kill %s; while kill -0 %s 2> /dev/null; do sleep 0.1; done" % (pid, pid))
+    for kind in ("container", "snapshot"):
+        answer = reaper.ask(kind, "collect", rules)
+        assert answer["error"] == "ProbeError", answer
+    reaper.shell("rm -f /run/containerd/containerd.sock; mv /run/containerd /run/elsewhere")
+    assert reaper.ask("container", "collect", rules)["error"] == "Absent"
+    reaper.shell("mv /run/elsewhere /run/containerd")
+    reaper.shell("containerd > /var/log/containerd.log 2>&1 & until ctr version > /dev/null; do sleep 0.1; done")
+    assert reaper.collect("container", rules)["see-run"]["in_use"]
