@@ -56,11 +56,11 @@ packages: $(READY_DEV) ## install the Debian packages the tests need
 	@$(BIN)/python tests/packages.py bindep.txt
 
 .PHONY: demo
-demo: $(READY_DEV) ## show a sweep on hosts that lost track of their VMs
+demo: $(READY_DEV) packages ## show a sweep on hosts that lost track of their VMs
 	@$(BIN)/python demo/demo.py $(ARGS)
 
 .PHONY: bench
-bench: $(READY_DEV) ## measure a sweep
+bench: $(READY_DEV) packages ## measure a sweep
 	@$(BIN)/python bench/bench.py $(ARGS)
 
 .PHONY: build

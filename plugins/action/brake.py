@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from ansible.plugins.action import ActionBase
-
 from ansible_collections.microvm.reaper.plugins.plugin_utils.brake import brake
 
 
@@ -22,7 +21,8 @@ class ActionModule(ActionBase):
         hostvars = task_vars["hostvars"]
         plans = {host: hostvars.raw_get(host).get(arguments["plans"]) for host in task_vars["ansible_play_batch"]}
         abort, refused = brake({host: plan for host, plan in plans.items() if plan})
-        result.update(changed=False, refused=refused)
         if abort:
             result.update(failed=True, abort=abort, msg="stopped (%(code)s): %(message)s" % abort)
+        else:
+            result.update(changed=False, refused=refused)
         return result

@@ -12,7 +12,6 @@ from ansible.inventory.manager import InventoryManager
 from ansible.plugins.action import ActionBase
 from ansible.template import Templar
 from ansible.vars.manager import VariableManager
-
 from ansible_collections.microvm.reaper.plugins.plugin_utils import manifest, sources
 
 

@@ -10,11 +10,11 @@ import os
 import yaml
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 from ansible.plugins.action import ActionBase
-
 from ansible_collections.microvm.reaper.plugins.plugin_utils import sources
 from ansible_collections.microvm.reaper.plugins.plugin_utils.manifest import ManifestError
 from ansible_collections.microvm.reaper.plugins.plugin_utils.planner import PolicyError, complete_policy
 from ansible_collections.microvm.reaper.plugins.plugin_utils.presets import PresetError, rules
+from ansible_collections.microvm.reaper.plugins.plugin_utils.words import enumerate_hosts
 
 SPEC = os.path.join(os.path.dirname(__file__), "..", "..", "roles", "reap", "meta", "argument_specs.yml")
 PREFIX = "reap_"
@@ -39,8 +39,9 @@ class ActionModule(ActionBase):
                 known_good.update([] if found else [key])
                 for problem in found:
                     problems.setdefault(problem, []).append(host)
+        result.update(changed=False, hosts=list(task_vars["ansible_play_batch"]))
         if problems:
-            said = ["%s (%s)" % (problem, _hosts(hosts)) for problem, hosts in problems.items()]
+            said = ["%s (%s)" % (problem, enumerate_hosts(hosts)) for problem, hosts in problems.items()]
             result.update(failed=True, msg="nothing was done: " + "; ".join(said), problems=list(problems))
         return result
 
@@ -99,7 +100,3 @@ def _impossible(parameters):
         if parameters[name] <= 0:
             problems.append("%s must be more than 0, not %r" % (name, parameters[name]))
     return problems
-
-
-def _hosts(hosts):
-    return hosts[0] if len(hosts) == 1 else "%s and %d more hosts" % (hosts[0], len(hosts) - 1)

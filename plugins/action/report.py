@@ -10,7 +10,6 @@ import os
 from ansible import constants as C
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
-
 from ansible_collections.microvm.reaper.plugins.plugin_utils import report
 from ansible_collections.microvm.reaper.plugins.plugin_utils.facts import FactsError, unpacked
 
@@ -27,12 +26,13 @@ class ActionModule(ActionBase):
         _validation, arguments = self.validate_argument_spec(
             {
                 "realm": {"type": "str", "required": True},
+                "hosts": {"type": "list", "elements": "str", "required": True},
                 "variables": {"type": "dict", "required": True},
                 "path": {"type": "path", "default": ""},
             }
         )
         names = arguments["variables"]
-        known = {host: task_vars["hostvars"].raw_get(host) for host in task_vars["ansible_play_batch"]}
+        known = {host: task_vars["hostvars"].raw_get(host) for host in arguments["hosts"]}
         hosts = {host: _host(variables, names) for host, variables in known.items()}
         first = next(iter(known.values()), {})
         manifest = (first.get(names["manifest"]) or {}).get("manifest")

@@ -9,7 +9,7 @@ name: confirmed_orphans
 short_description: Plan what is to be reaped on a host
 version_added: 0.1.0
 author:
-  - The microvm.reaper authors
+  - The microvm.reaper authors (@microvm)
 description:
   - Takes the facts of one host, with the strikes it remembers, and returns the plan for it. What is in C(reap) belongs to
     no live VM and has been seen without one, as the same object, in as many sweeps as the policy asks for.
@@ -93,7 +93,6 @@ _value:
 """
 
 from ansible.errors import AnsibleFilterError
-
 from ansible_collections.microvm.reaper.plugins.plugin_utils import planning
 from ansible_collections.microvm.reaper.plugins.plugin_utils.facts import FactsError
 from ansible_collections.microvm.reaper.plugins.plugin_utils.manifest import ManifestError

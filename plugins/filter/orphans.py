@@ -9,7 +9,7 @@ name: orphans
 short_description: List the resources on a host whose VM is not live
 version_added: 0.1.0
 author:
-  - The microvm.reaper authors
+  - The microvm.reaper authors (@microvm)
 description:
   - Takes the facts of one host and returns the resources that belong to none of the live VMs.
   - This is a look at one moment. It knows no strikes, no policy and no caps, so it is no list of what may be removed;
@@ -42,7 +42,6 @@ _value:
 """
 
 from ansible.errors import AnsibleFilterError
-
 from ansible_collections.microvm.reaper.plugins.plugin_utils import planning
 from ansible_collections.microvm.reaper.plugins.plugin_utils.facts import FactsError
 from ansible_collections.microvm.reaper.plugins.plugin_utils.manifest import ManifestError

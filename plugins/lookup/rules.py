@@ -9,7 +9,7 @@ name: rules
 short_description: Turn presets into the rules that say which names on a host are those of VMs
 version_added: 0.1.0
 author:
-  - The microvm.reaper authors
+  - The microvm.reaper authors (@microvm)
 description:
   - Reads presets, checks them and returns the rules for the O(microvm.reaper.vm_resource_facts#module:rules) of
     M(microvm.reaper.vm_resource_facts).
@@ -60,7 +60,6 @@ _raw:
 
 from ansible.errors import AnsibleLookupError
 from ansible.plugins.lookup import LookupBase
-
 from ansible_collections.microvm.reaper.plugins.plugin_utils.presets import PresetError, rules
 
 

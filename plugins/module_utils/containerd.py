@@ -32,6 +32,7 @@ GC_ROOT = "containerd.io/gc.root"
 GC_REFERENCE = "containerd.io/gc.ref.snapshot."
 IDENTIFIER = re.compile(r"[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*")
 CALL_SECONDS = 20.0
+MAX_OBJECTS = 1 << 20
 
 CREATED, RUNNING, STOPPED, PAUSED, PAUSING = 1, 2, 3, 4, 5
 SNAPSHOT_KINDS = {1: "view", 2: "active", 3: "committed"}
@@ -169,7 +170,7 @@ class Client:
         timeout = min(timeout, self.host.remaining())
         ask, tell = CALLS[call]
         metadata = [("containerd-namespace", self.namespace)]
-        connection = _connection(self.address, timeout)
+        connection, objects = _connection(self.address, timeout), 0
         for data in connection.call("containerd.services." + call, encode(ask, request), timeout, metadata):
             try:
                 answer = decode(tell, data)
@@ -177,6 +178,9 @@ class Client:
                 raise ProbeError("%s: %s: %s" % (self.address, call, err)) from err
             if None in answer.values():
                 raise ProbeError("%s: %s: an empty answer" % (self.address, call))
+            objects += sum([len(one) for one in answer.values() if isinstance(one, list)], 1)
+            if objects > MAX_OBJECTS:
+                raise ProbeError("%s: %s: more than %d objects" % (self.address, call, MAX_OBJECTS))
             yield answer
 
 

@@ -314,7 +314,6 @@ class Connection:
         return kind, flags, int.from_bytes(header[5:], "big") & 0x7FFFFFFF, self._read(length)
 
     def _read(self, count):
-        self._left()
         try:
             while len(self.buffer) < count:
                 self.socket.settimeout(self._left())

@@ -14,6 +14,7 @@ ENTRY = {1: ("key", TEXT), 2: ("value", TEXT)}
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 MAX_FIELD = (1 << 29) - 1
+MAX_REPEATED = 1 << 17  # an empty entry takes two bytes on the wire and hundreds here
 
 
 class ProtobufError(ValueError):
@@ -108,6 +109,7 @@ def _store(values, field, raw, wire):
     if kind == LABELS:
         entry = decode(ENTRY, raw)
         values[name][entry["key"]] = entry["value"]
+        _check_size(values[name], name)
         return
     if kind == INT:
         value = raw - (1 << 64) if raw >> 63 else raw
@@ -117,8 +119,14 @@ def _store(values, field, raw, wire):
         value = decode(kind, raw)
     if repeated:
         values[name].append(value)
+        _check_size(values[name], name)
     else:
         values[name] = value
+
+
+def _check_size(found, name):
+    if len(found) > MAX_REPEATED:
+        raise ProtobufError("field '%s' has more than %d entries" % (name, MAX_REPEATED))
 
 
 def _empty(kind):

@@ -9,7 +9,7 @@ module: brake
 short_description: Stop a batch of hosts before the first removal
 version_added: 0.1.0
 author:
-  - The microvm.reaper authors
+  - The microvm.reaper authors (@microvm)
 description:
   - Looks at the plans of all hosts of the batch at once. Fails, and so stops them all, when one takes more than the caps allow
     or shows that the live source cannot be believed.
@@ -51,7 +51,7 @@ EXAMPLES = r"""
 RETURN = r"""
 refused:
   description: By host, C(code) and C(message) of why nothing is done there.
-  returned: always
+  returned: success
   type: dict
 abort:
   description: C(code) and C(message) of what stops the batch.

@@ -9,7 +9,7 @@ module: cgroup_facts
 short_description: Gather the cgroups of VMs
 version_added: 0.1.0
 author:
-  - The microvm.reaper authors
+  - The microvm.reaper authors (@microvm)
 description:
   - Lists the cgroups right below the configured roots whose name is that of a VM, in every mounted hierarchy, v1 and v2.
 extends_documentation_fragment:

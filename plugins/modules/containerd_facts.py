@@ -9,7 +9,7 @@ module: containerd_facts
 short_description: Gather the containers and snapshots of VMs
 version_added: 0.1.0
 author:
-  - The microvm.reaper authors
+  - The microvm.reaper authors (@microvm)
 description:
   - Lists the containers and snapshots whose name or label is that of a VM, with what refers to them, over containerd's
     own interface. C(ctr) is not needed.

@@ -9,7 +9,7 @@ module: dm_thin_facts
 short_description: Gather the thin volumes of VMs
 version_added: 0.1.0
 author:
-  - The microvm.reaper authors
+  - The microvm.reaper authors (@microvm)
 description:
   - Lists the active device-mapper thin volumes whose name is that of a VM.
   - Runs a fixed number of C(dmsetup) commands, however many volumes there are.

@@ -9,7 +9,7 @@ module: jail_facts
 short_description: Gather the jails of VMs
 version_added: 0.1.0
 author:
-  - The microvm.reaper authors
+  - The microvm.reaper authors (@microvm)
 description:
   - Lists the directories that firecracker's jailer made, C(<base>/<exec>/<id>), whose name is that of a VM.
 extends_documentation_fragment:

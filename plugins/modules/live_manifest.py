@@ -9,7 +9,7 @@ module: live_manifest
 short_description: Fetch the list of live VMs and prove it
 version_added: 0.1.0
 author:
-  - The microvm.reaper authors
+  - The microvm.reaper authors (@microvm)
 description:
   - Fetches all live sources, checks each, joins them, and keeps the result in a temporary file on the controller, from which
     plans read the share of their host.

@@ -9,7 +9,7 @@ module: preflight
 short_description: Check the variables of the role before any host is touched
 version_added: 0.1.0
 author:
-  - The microvm.reaper authors
+  - The microvm.reaper authors (@microvm)
 description:
   - Checks all C(reap_) variables of all hosts of the batch against the argument specification of the role. Types, choices,
     impossible values, presets and sources that do not exist, and names that the role does not know.
@@ -42,6 +42,11 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
+hosts:
+  description: The hosts of the batch, as long as none of them has failed.
+  returned: always
+  type: list
+  elements: str
 problems:
   description: What is wrong, each in a sentence that names the variable.
   returned: failure

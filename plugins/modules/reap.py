@@ -9,7 +9,7 @@ module: reap
 short_description: Carry out the plan of one host
 version_added: 0.1.0
 author:
-  - The microvm.reaper authors
+  - The microvm.reaper authors (@microvm)
 description:
   - Removes what the plan names, in order, each on its own. Before every act the object is read again and must be the very
     one that the plan was made for; what is busy is left alone, and nothing is ever forced.

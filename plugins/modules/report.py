@@ -9,13 +9,18 @@ module: report
 short_description: Show what came of a sweep
 version_added: 0.1.0
 author:
-  - The microvm.reaper authors
+  - The microvm.reaper authors (@microvm)
 description:
   - Prints one table for all hosts of the batch, and writes the same as JSON with every family and every outcome.
 options:
   realm:
     description: The realm of the sweep.
     type: str
+    required: true
+  hosts:
+    description: The hosts of the batch, also those that have failed meanwhile.
+    type: list
+    elements: str
     required: true
   variables:
     description: The names of the variables that hold, on each host, what the steps before returned.
@@ -72,6 +77,7 @@ EXAMPLES = r"""
 - name: Report
   microvm.reaper.report:
     realm: prod
+    hosts: "{{ preflight.hosts }}"
     variables: {gathered: facts, manifest: live, plan: plan, brake: brake, result: result}
   run_once: true
 """

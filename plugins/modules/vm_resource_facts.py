@@ -9,7 +9,7 @@ module: vm_resource_facts
 short_description: Gather everything on a host that belongs to VMs
 version_added: 0.1.0
 author:
-  - The microvm.reaper authors
+  - The microvm.reaper authors (@microvm)
 description:
   - Reads all kinds of resources at the same time, and what the host remembers of earlier sweeps. Everything a plan needs to
     know of the host, in one call.

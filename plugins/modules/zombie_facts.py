@@ -9,7 +9,7 @@ module: zombie_facts
 short_description: Gather the zombies of VMs
 version_added: 0.1.0
 author:
-  - The microvm.reaper authors
+  - The microvm.reaper authors (@microvm)
 description:
   - Lists zombie processes that belong to VMs, by the cgroup that they are still in or by a pid file that names them.
   - Only the parent of a zombie can reap it, so each is returned with its parent.

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from .words import enumerate_hosts
+
 # A host refused for one of these says something about the live source or about the sweep, not about itself.
 BATCH_CODES = ("host_cap", "blind", "shrunk", "epoch_went_back", "other_realm")
 
@@ -20,8 +22,9 @@ def brake(plans):
     if not aborting:
         return None, refused
     host, first = aborting[0]
-    more = "" if len(aborting) == 1 else " (and so on %d more hosts)" % (len(aborting) - 1)
-    return {"code": first["code"], "message": "%s: %s%s" % (host, first["message"], more)}, refused
+    others = [other for other, _one in aborting[1:]]
+    also = " (refused as well: %s)" % enumerate_hosts(others) if others else ""
+    return {"code": first["code"], "message": "%s: %s%s" % (host, first["message"], also)}, refused
 
 
 def _clones(plans):
@@ -33,7 +36,7 @@ def _clones(plans):
     return {
         host: {
             "code": "cloned_machine_id",
-            "message": "the hosts %s have the same machine id %s; give each its own" % (", ".join(clones), machine_id),
+            "message": "%s have the same machine id %s; give each its own" % (enumerate_hosts(clones), machine_id),
         }
         for machine_id, clones in hosts.items()
         if len(clones) > 1

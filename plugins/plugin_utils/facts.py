@@ -89,6 +89,8 @@ def _check_kind(kind, entry):
         raise FactsError("kind %s: 'reason' must be a text and 'foreign' a number" % kind)
     if not isinstance(entry.get("resources"), list):
         raise FactsError("kind %s: no list of resources" % kind)
+    if entry["status"] != "ok" and entry["resources"]:
+        raise FactsError("kind %s: resources, although it is %s" % (kind, entry["status"]))
     names = set()
     for resource in entry["resources"]:
         _check(kind, resource)
@@ -109,7 +111,7 @@ def _check(kind, resource):
             and VM_ID.fullmatch(resource["vm_id"])
             and isinstance(resource["in_use"], bool)
             and isinstance(resource["holders"], list)
-            and all(isinstance(holder["type"], str) and isinstance(holder["name"], str) for holder in resource["holders"])
+            and all(isinstance(holder[key], str) for holder in resource["holders"] for key in ("type", "name"))
             and (resource["age_seconds"] is None or _is_number(resource["age_seconds"]))
             and (resource["bytes"] is None or _is_number(resource["bytes"]))
             and isinstance(resource["parent"], (str, type(None)))

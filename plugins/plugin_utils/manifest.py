@@ -36,10 +36,11 @@ class ManifestError(Exception):
 
 
 def check(document, source, *, now, max_age, terminal_states=TERMINAL_STATES):
-    """Return one source's document as ``{realm, source, epoch, generated_at, age, count, proven, hosts, vms, tombstones}``.
+    """Return one source's document as ``{realm, source, epoch, generated_at, age, count, proven, hosts, vms,
+    tombstones}``.
 
-    ``vms`` is a list of ``(vm_id, [host])`` (no host: it lives everywhere), ``tombstones`` maps ids to the seconds since
-    they were destroyed (None: unknown), ``generated_at`` is in seconds since 1970, ``age`` in seconds. Raises
+    ``vms`` is a list of ``(vm_id, [host])`` (no host: it lives everywhere), ``tombstones`` maps ids to the seconds
+    since they were destroyed (None: unknown), ``generated_at`` is in seconds since 1970, ``age`` in seconds. Raises
     ManifestError.
     """
     if not isinstance(document, dict):
@@ -144,7 +145,9 @@ class Index:
                 ((vm_id, host) for vm_id, hosts in manifest["vms"] for host in hosts or [""]),
             )
             connection.executemany("INSERT INTO tombstone VALUES (?, ?)", manifest["tombstones"].items())
-            connection.executemany("INSERT OR IGNORE INTO host VALUES (?)", ((name,) for name in manifest["hosts"] or []))
+            connection.executemany(
+                "INSERT OR IGNORE INTO host VALUES (?)", ((name,) for name in manifest["hosts"] or [])
+            )
         connection.close()
         return cls(path)
 

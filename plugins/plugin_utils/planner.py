@@ -193,7 +193,8 @@ def _goes_back(remembered, share, policy):
         if epoch < last:
             return _refusal(
                 "epoch_went_back",
-                "the live source %s is at epoch %s, but this host has seen epoch %s: a stale copy" % (source, epoch, last),
+                "the live source %s is at epoch %s, but this host has seen epoch %s: a stale copy"
+                % (source, epoch, last),
             )
     last = remembered["count"]
     if last is None or last <= policy["percent_floor"] or policy["expect_empty"] == policy["realm"]:
@@ -242,9 +243,8 @@ class _Judge:
         return self._struck(vm_id, members, evidence)
 
     def _struck(self, vm_id, members, evidence):
-        """Give every member that could be read its strike; the family has as many as the member with the fewest."""
-        strikes = [self._strike(member) for member in members if not self.unreadable[member["kind"]]]
-        fewest = min(strikes) if strikes else 0
+        """Give every member its strike; the family has as many as the member with the fewest."""
+        fewest = min([self._strike(member) for member in members])
         reasons = [self._why(vm_id, evidence)]
         verdict = CONFIRMED if fewest >= self.policy["strikes"] else SUSPECTED
         if verdict == CONFIRMED and evidence == UNPROVEN:
@@ -254,7 +254,6 @@ class _Judge:
         for judged in family["resources"]:
             why = self.unreadable[judged["kind"]]
             if why:
-                self._keep_strike(judged)
                 judged.update(verdict=UNKNOWN, reasons=[_reason("unreadable", why)])
         return family
 
@@ -281,11 +280,6 @@ class _Judge:
         # An unknown age counts as young: until it has been watched for as long as the policy asks, it is one short.
         watched = now - strike["first"] >= self.min_age
         return strike["strikes"] if watched else min(strike["strikes"], self.policy["strikes"] - 1)
-
-    def _keep_strike(self, member):
-        before = self.facts["ledger"]["strikes"].get(_key(member))
-        if before:
-            self.strikes[_key(member)] = before
 
     def keep_unseen_strikes(self):
         """What a kind that could not be read has earned before stays earned: it was not seen live, nor gone."""
@@ -407,7 +401,7 @@ def _hold_back(going):
 
 
 def _hold_busy(going, kinds):
-    """Take out of ``going`` what is in use, unless it or another member of its VM can be stopped; tell whether any was."""
+    """Take out of ``going`` what is in use where nothing of its VM can be stopped; tell whether any was."""
     stopping = {member["vm_id"] for member in going.values() if _stops(member, kinds)}
     busy = [key for key, member in going.items() if member["in_use"] and member["vm_id"] not in stopping]
     for key in busy:

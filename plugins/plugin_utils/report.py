@@ -7,6 +7,8 @@ HOST ``{plan, outcomes, busy, error, refused, absent, unavailable, seconds}``, w
 
 from __future__ import annotations
 
+from .words import enumerate_hosts
+
 COLUMNS = ("HOST", "KIND", "LIVE", "SUSPECTED", "CONFIRMED", "REAPED", "HELD", "FAILED", "GIVEN BACK")
 HELD = ("held", "disputed", "unknown")
 MAX_LINES = 40
@@ -14,7 +16,7 @@ MAX_LINE = 1000
 
 
 def summarize(hosts):
-    """Return ``{host: {kind: {live, suspected, confirmed, reaped, held, failed, bytes}}}``."""
+    """Return ``{host: {kind: {live, suspected, confirmed, reaped, already_gone, held, failed, bytes}}}``."""
     return {host: _kinds(one) for host, one in sorted(_believed(hosts).items())}
 
 
@@ -119,6 +121,7 @@ def _kinds(one):
             "confirmed": counts["confirmed"],
             "reaped": sum(1 for outcome in mine if outcome["outcome"] in ("reaped", "would_reap")),
             "held": sum(counts[verdict] for verdict in HELD) + deferred,
+            "already_gone": sum(1 for outcome in mine if outcome["outcome"] == "already_gone"),
             "failed": sum(1 for outcome in mine if outcome["outcome"] == "failed"),
             "bytes": sum(outcome["bytes"] or 0 for outcome in mine),
         }
@@ -138,7 +141,8 @@ def _table(rows):
     widths = [max(len(row[place]) for row in [list(COLUMNS)] + rows) for place in range(len(COLUMNS))]
     return [
         "  ".join(
-            cell.ljust(width) if place < 2 else cell.rjust(width) for place, (cell, width) in enumerate(zip(row, widths))
+            cell.ljust(width) if place < 2 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in [list(COLUMNS)] + rows
     ]
@@ -147,7 +151,7 @@ def _table(rows):
 def _headline(realm, manifest, hosts, summary, check_mode, abort):
     totals = {
         key: sum(n[key] for kinds in summary.values() for n in kinds.values())
-        for key in ("suspected", "confirmed", "reaped", "held", "failed", "bytes")
+        for key in ("suspected", "confirmed", "reaped", "already_gone", "held", "failed", "bytes")
     }
     if abort:
         did = "nothing was removed on any host"
@@ -157,7 +161,7 @@ def _headline(realm, manifest, hosts, summary, check_mode, abort):
         did = "%d reaped, %s given back" % (totals["reaped"], human_bytes(totals["bytes"]).replace("-", "0 B"))
     else:
         did = "nothing to reap" if not totals["confirmed"] else "nothing reaped"
-    parts = ["%d %s" % (totals[key], key) for key in ("suspected", "held", "failed") if totals[key]]
+    parts = ["%d %s" % (totals[key], key.replace("_", " ")) for key in ("already_gone", "suspected", "held", "failed") if totals[key]]
     source = "%d VMs live by %s" % (manifest["count"], manifest["source"]) if manifest else "no list of live VMs"
     return "microvm.reaper: realm %s, %s, %s: %s%s%s" % (
         realm,
@@ -237,6 +241,6 @@ def _unseen(hosts):
             said += "; COULD NOT READ %s" % "; ".join("%s (%s)" % pair for pair in sorted(one["unavailable"].items()))
         groups.setdefault(said, []).append(host)
     return [
-        "%s: %s" % (names[0] if len(names) == 1 else "%s and %d more hosts" % (names[0], len(names) - 1), said)
+        "%s: %s" % (enumerate_hosts(names), said)
         for said, names in sorted(groups.items(), key=lambda group: group[1])
     ]

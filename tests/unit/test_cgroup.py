@@ -116,7 +116,7 @@ def test_only_directories_with_the_name_of_a_vm_are_found(parent, host):
     assert (one["vm_id"], one["in_use"], one["holders"]) == ("vabc", False, [])
     assert one["details"] == {"version": parent.version}
     assert one["identity"] == "%s:%d:%d" % (host.boot_id, os.stat(path).st_dev, os.stat(path).st_ino)
-    assert 0 <= one["age_seconds"] < 60
+    assert one["age_seconds"] is None
 
 
 @needs_cgroups
@@ -339,6 +339,36 @@ def test_what_vanishes_while_it_is_inspected_is_gone(parent, host, monkeypatch):
     monkeypatch.setattr(cgroup, "_populated", lambda *where: os.rmdir(path) or populated(*where))
     assert result(cgroup.inspect(one, RULES, host)) in (None, r.ALREADY_GONE)
     assert result(cgroup.remove(one, RULES, host)) == r.ALREADY_GONE
+
+
+@needs_cgroups
+def test_a_child_that_somebody_else_removes_meanwhile_is_no_proof_that_all_is_gone(parent, host, monkeypatch):
+    path = parent.make("vabc")
+    one = token(host, path)
+    descendants = cgroup._descendants
+    listings = []
+
+    def listed(held):
+        listings.append(held)
+        return descendants(held) + ([held + "/gone"] if len(listings) in (2, 3) else [])
+
+    monkeypatch.setattr(cgroup, "_descendants", listed)
+    assert result(cgroup.remove(one, RULES, host)) == r.REAPED
+    assert not os.path.exists(path)
+
+
+@needs_cgroups
+def test_a_file_that_is_missing_is_no_proof_that_the_cgroup_is_gone(parent, host, monkeypatch):
+    path = parent.make("vabc")
+    one = token(host, path)
+
+    def missing(path, *limit):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", path)
+
+    monkeypatch.setattr(cgroup, "_populated", missing)
+    with pytest.raises(FileNotFoundError):
+        cgroup.remove(one, RULES, host)
+    assert os.path.isdir(path)
 
 
 @needs_cgroups

@@ -348,8 +348,10 @@ def test_a_running_container_is_not_removed(world):
     world.add_container("vm-a", status=containerd.RUNNING)
     one = token(world, container, rules, "vms/vm-a", stop=True)
     assert container.inspect(one, rules, Host()) is None
-    assert result(container.remove(one, rules, Host())) == ("deferred", [("process", "42")])
-    assert world.done == []
+    world.fake.calls.clear()
+    for act, changed in ((container.inspect, dict(one, stop=False)), (container.remove, one)):
+        assert result(act(changed, rules, Host())) == ("deferred", [("process", "42")])
+    assert set(world.fake.calls) == {"containers.v1.Containers/Get", "tasks.v1.Tasks/Get"}
 
 
 def test_a_task_started_right_before_the_removal_is_not_killed(world):
@@ -527,6 +529,12 @@ def test_a_snapshot_of_another_snapshotter_is_not_ours(world):
     assert world.done == []
 
 
+def test_rules_hold_for_their_snapshotter_only(world):
+    world.add_snapshot("s")
+    rules = [dict(world.place, name="(?P<vm_id>other)"), dict(world.place, name="(?P<vm_id>s)", snapshotter="zfs")]
+    assert snapshot.collect(rules, Host()) == {"resources": [], "foreign": 1}
+
+
 def test_a_mounted_snapshot_is_held(world, monkeypatch):
     rules = [dict(world.place, name="(?P<vm_id>s)")]
     world.add_snapshot("s")
@@ -586,6 +594,16 @@ def test_what_cannot_be_listed_is_not_empty(world, failing):
         with pytest.raises(ProbeError):
             act()
     assert world.done == []
+
+
+def test_the_number_of_objects_is_bounded(world, monkeypatch):
+    monkeypatch.setattr(containerd, "MAX_OBJECTS", 10)
+    for number in range(11):
+        world.add_container("vm-%d" % number)
+        world.add_snapshot("vm-%d" % number)
+    for kind in (container, snapshot):
+        with pytest.raises(ProbeError, match="more than 10 objects"):
+            kind.collect([dict(world.place, name=VM)], Host())
 
 
 # --- where, and whether anybody is there

@@ -93,7 +93,7 @@ def test_the_static_table_has_the_size_and_ends_of_the_rfc():
         pytest.param("0001", id="no value"),
         pytest.param("0084ffffffff00", id="end-of-string code"),
         pytest.param("008200000000", id="value missing after a Huffman name"),
-        pytest.param("0081f000", id="padding longer than a code"),
+        pytest.param("000081ff", id="padding of eight bits"),
         pytest.param("00811800", id="padding of zeros"),
     ],
 )

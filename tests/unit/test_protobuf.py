@@ -110,3 +110,17 @@ def test_deep_nesting_costs_nothing():
     for _level in range(1000):
         message = b"\x1a" + p.encode_varint(len(message)) + message
     assert p.decode(OUTER, message)["inner"] == {"a": 0, "b": ""}
+
+
+@pytest.mark.parametrize("entry", ["2200", "2a00"])
+def test_the_number_of_entries_is_bounded(entry, monkeypatch):
+    monkeypatch.setattr(p, "MAX_REPEATED", 100)
+    assert p.decode(OUTER, bytes.fromhex(entry) * 100)
+    with pytest.raises(p.ProtobufError, match="more than 100 entries"):
+        p.decode(OUTER, bytes.fromhex(entry) * 101)
+
+
+def test_the_number_of_labels_is_bounded(monkeypatch):
+    monkeypatch.setattr(p, "MAX_REPEATED", 100)
+    with pytest.raises(p.ProtobufError, match="more than 100 entries"):
+        p.decode(OUTER, p.encode(OUTER, {"labels": {str(number): "" for number in range(101)}}))

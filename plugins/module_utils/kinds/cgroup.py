@@ -88,11 +88,19 @@ def _with_cgroup(token, rules, host, act):
         cgroup = _Cgroup(token["name"], "/proc/self/fd/%d" % directory, directory, version)
         return _refusal(token, cgroup, rules, host) or act(cgroup)
     except OSError as err:
-        if err.errno in REMOVED:
+        if err.errno in REMOVED and not _is_there(cgroup):
             return r.outcome(token, r.ALREADY_GONE)
         raise
     finally:
         os.close(directory)
+
+
+def _is_there(cgroup):
+    """Tell whether the name of the cgroup is still that of the one which is held."""
+    try:
+        return os.path.samestat(os.lstat(cgroup.path), os.fstat(cgroup.directory))
+    except FileNotFoundError:
+        return False
 
 
 def _refusal(token, cgroup, rules, host):
@@ -108,24 +116,24 @@ def _refusal(token, cgroup, rules, host):
 
 def _remove(token, cgroup):
     deadline = time.monotonic() + KILL_SECONDS
-    while True:
+    # Only the last step has to go by the name; so look each time whose name that is.
+    while _is_there(cgroup):
         try:
             for child in _descendants(cgroup.held):
                 os.rmdir(child)
-            # Only the last step has to go by the name; look once more whose name that is.
-            if not os.path.samestat(os.lstat(cgroup.path), os.fstat(cgroup.directory)):
-                return r.outcome(token, r.IDENTITY_CHANGED, "another cgroup of the same name is there now")
-            os.rmdir(cgroup.path)
-            return r.outcome(token, r.REAPED)
-        except OSError as err:
-            if err.errno in REMOVED:
+            if _is_there(cgroup):
+                os.rmdir(cgroup.path)
                 return r.outcome(token, r.REAPED)
+        except OSError as err:
             # EBUSY also while the kernel still takes the last exited task out of the cgroup.
-            if err.errno != errno.EBUSY:
+            if err.errno not in REMOVED + (errno.EBUSY,):
                 raise
-            if time.monotonic() > deadline:
-                return r.outcome(token, r.DEFERRED, "busy", holders=_processes(cgroup.held))
+        if time.monotonic() > deadline:
+            return r.outcome(token, r.DEFERRED, "busy", holders=_processes(cgroup.held))
         time.sleep(0.005)
+    if os.path.lexists(cgroup.path):
+        return r.outcome(token, r.IDENTITY_CHANGED, "another cgroup of the same name is there now")
+    return r.outcome(token, r.ALREADY_GONE)
 
 
 def cgroup_mounts(table):

@@ -166,7 +166,7 @@ def _match(names, client, snapshotter, snapshot):
     return names.match(
         snapshot["name"],
         snapshot["labels"],
-        lambda rule: containerd.looks_at(rule, client) ,
+        lambda rule: containerd.looks_at(rule, client) and _snapshotter(rule) == snapshotter,
     )
 
 

@@ -31,7 +31,7 @@ def types():
 def configured(sources):
     """Return ``[(module, options)]`` for the value of reap_live_sources; raises ManifestError for bad ones."""
     if not sources:
-        raise ManifestError("no_source", "reap_live_sources is empty: without a list of live VMs nothing can be an orphan")
+        raise ManifestError("no_source", "reap_live_sources is empty: without live VMs' names nothing is an orphan")
     return [_configured(number, source) for number, source in enumerate(sources)]
 
 
