@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Watch the reaper at work: two throw-away hosts, VMs dead and alive on them, and sweeps until the dead are gone.
 
-The hosts have kernels of their own, so all is real: cgroups, jails, thin volumes, containers, snapshots, zombies. They are
-removed at the end, also when the demo is interrupted.
+The hosts have kernels of their own, so all is real: cgroups, jails, thin volumes, containers, snapshots, zombies.
+They are removed at the end, also when the demo is interrupted.
 """
 
 import argparse
@@ -42,8 +42,8 @@ def show(fleet: Fleet, arguments: argparse.Namespace) -> int:
     say(f"Starting two {arguments.kind} hosts (the first time their image is built, which takes a minute).")
     Fleet.up(fleet.state, **{arguments.kind: ["rack1", "rack2"]})
     say(
-        f"Planting on each host: {arguments.live} live VMs and {arguments.dead} dead ones, two live builds in containers and "
-        "two dead ones.\nOf one dead VM a process still runs; the live source says that this VM was destroyed."
+        f"Planting on each host: {arguments.live} live VMs and {arguments.dead} dead ones, two live builds in containers "
+        "and two dead ones.\nOf one dead VM a process still runs; the live source says that this VM was destroyed."
     )
     fleet.plant({"live": arguments.live, "orphans": arguments.dead, "containers": 2})
     time.sleep(2)  # what is two seconds old is old enough here; on real hosts it is a minute
@@ -58,12 +58,13 @@ def show(fleet: Fleet, arguments: argparse.Namespace) -> int:
         if sweep.code:
             print(sweep.output, file=sys.stderr)
             return 1
-        if not any(kind["suspected"] or kind["confirmed"] for kinds in sweep.report["kinds"].values() for kind in kinds.values()):
+        counts = [kind for kinds in sweep.report["kinds"].values() for kind in kinds.values()]
+        if not any(kind["suspected"] or kind["confirmed"] for kind in counts):
             break
         time.sleep(1.5)
     problems = fleet.check("gone")
     say("Looking at the hosts with their own tools (dmsetup, ctr, /proc, /sys).")
-    print("\n".join(problems) or "Every live VM still runs and its data is unharmed; everything of the dead ones is gone.")
+    print("\n".join(problems) or "Every live VM runs and its data is unharmed; everything of the dead ones is gone.")
     return bool(problems)
 
 

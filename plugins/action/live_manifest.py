@@ -90,7 +90,8 @@ class ActionModule(ActionBase):
         except manifest.ManifestError as err:
             result.update(failed=True, msg="live source refused (%s): %s" % (err.code, err), code=err.code)
             return result
-        directory = tempfile.mkdtemp(prefix="live-", dir=C.DEFAULT_LOCAL_TMP)
+        directory = tempfile.mkdtemp(prefix="live-", dir=C.DEFAULT_LOCAL_TMP)  # type: ignore[attr-defined]
         handle = manifest.handle(fetched, os.path.join(directory, "manifest.sqlite"))
-        result.update(changed=False, manifest=handle, warnings=["live source skipped: " + s for s in fetched["skipped"]])
+        warnings = ["live source skipped: %s" % skipped for skipped in fetched["skipped"]]
+        result.update(changed=False, manifest=handle, warnings=warnings)
         return result

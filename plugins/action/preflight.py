@@ -12,7 +12,11 @@ from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 from ansible.plugins.action import ActionBase
 from ansible_collections.microvm.reaper.plugins.plugin_utils import sources
 from ansible_collections.microvm.reaper.plugins.plugin_utils.manifest import ManifestError
-from ansible_collections.microvm.reaper.plugins.plugin_utils.planner import PolicyError, complete_policy
+from ansible_collections.microvm.reaper.plugins.plugin_utils.planner import (
+    DEFAULT_POLICY,
+    PolicyError,
+    complete_policy,
+)
 from ansible_collections.microvm.reaper.plugins.plugin_utils.presets import PresetError, rules
 from ansible_collections.microvm.reaper.plugins.plugin_utils.words import enumerate_hosts
 
@@ -46,7 +50,7 @@ class ActionModule(ActionBase):
         return result
 
     def _variables_by_host(self, task_vars):
-        """Yield each host of the batch with its ``reap_`` variables: its own, and those of play, role and command line."""
+        """Yield each host of the batch with its ``reap_`` variables: its own, and those of play and command line."""
         hostvars = task_vars["hostvars"]
         own = hostvars.raw_get(task_vars["inventory_hostname"])
         common = {
@@ -88,12 +92,9 @@ def _impossible(parameters):
         sources.configured(parameters["reap_live_sources"])
     except ManifestError as err:
         problems.append(str(err))
-    policy = ("strikes", "strike_interval", "min_age", "running", "zombies", "keep", "expect_empty")
-    caps = ("max_per_host", "max_percent_per_host", "max_shrink_percent", "percent_floor")
+    policy = {name: parameters[PREFIX + name] for name in DEFAULT_POLICY if PREFIX + name in parameters}
     try:
-        complete_policy(
-            dict({name: parameters[PREFIX + name] for name in policy + caps}, realm=parameters["reap_realm"], host="host")
-        )
+        complete_policy(dict(policy, host="host"))
     except PolicyError as err:
         problems.append(str(err))
     for name in ("reap_deadline", "reap_manifest_max_age"):

@@ -89,7 +89,7 @@ def _abort(variables, names):
 
 def _write(path, document):
     """Write the report; the batches of one run (``serial``) share a file, a new run begins it anew."""
-    run = os.path.basename(C.DEFAULT_LOCAL_TMP)
+    run = os.path.basename(C.DEFAULT_LOCAL_TMP)  # type: ignore[attr-defined]
     try:
         with open(path, encoding="utf-8") as stream:
             before = json.load(stream)

@@ -171,7 +171,7 @@ class Connection:
         while not over:
             kind, flags, payload = self._next()
             if kind == RST_STREAM:
-                raise self._error("the daemon broke off the call (HTTP/2 error %d)" % struct.unpack(">I", payload))
+                raise self._error("the daemon broke off the call (HTTP/2 error %d)" % struct.unpack(">I", payload)[0])
             if kind == HEADERS:
                 answer.update(hpack.decode(payload))
                 if len(answer) > MAX_HEADER_NAMES:

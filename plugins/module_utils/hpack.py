@@ -14,7 +14,7 @@ class HpackError(ValueError):
 
 
 # Appendix A, in order; "name" or "name value".
-STATIC = """
+_APPENDIX_A = """
 :authority|:method GET|:method POST|:path /|:path /index.html|:scheme http|:scheme https|:status 200|:status 204|
 :status 206|:status 304|:status 400|:status 404|:status 500|accept-charset|accept-encoding gzip, deflate|
 accept-language|accept-ranges|accept|access-control-allow-origin|age|allow|authorization|cache-control|
@@ -23,7 +23,7 @@ cookie|date|etag|expect|expires|from|host|if-match|if-modified-since|if-none-mat
 last-modified|link|location|max-forwards|proxy-authenticate|proxy-authorization|range|referer|refresh|retry-after|
 server|set-cookie|strict-transport-security|transfer-encoding|user-agent|vary|via|www-authenticate
 """
-STATIC = tuple(tuple(entry.partition(" ")[::2]) for entry in STATIC.replace("\n", "").split("|"))
+STATIC = tuple(tuple(entry.partition(" ")[::2]) for entry in _APPENDIX_A.replace("\n", "").split("|"))
 
 # Appendix B: the length in bits of the code of each byte; the last is the end of the string. The code is canonical, so
 # that the lengths are all there is to know.

@@ -108,7 +108,7 @@ class Lock:
     def __init__(self, state_dir):
         self.path = os.path.join(state_dir, "lock")
         self.state_dir = state_dir
-        self._descriptor = None
+        self._descriptor = -1
 
     def __enter__(self):
         try:

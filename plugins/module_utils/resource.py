@@ -136,4 +136,4 @@ def _vm_id(rule, pattern, name, labels):
         return None
     if rule.get("label"):
         return (labels or {}).get(rule["label"])
-    return matched.group("vm_id")
+    return matched.group("vm_id") if matched else None

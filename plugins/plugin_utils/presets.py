@@ -74,7 +74,7 @@ def _placed(kind, rule, cgroup_roots, jail_bases, namespaces, address):
         "jail": ("base", jail_bases),
         "container": ("namespace", namespaces),
         "snapshot": ("namespace", namespaces),
-    }.get(kind, (None, ()))
+    }.get(kind, ("", ()))
     if kind in ("container", "snapshot") and address:
         rule = dict(rule, address=address)
     return [dict(rule, **{key: place}) for place in places] if places else [rule]
