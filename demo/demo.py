@@ -42,8 +42,8 @@ def show(fleet: Fleet, arguments: argparse.Namespace) -> int:
     say(f"Starting two {arguments.kind} hosts (the first time their image is built, which takes a minute).")
     Fleet.up(fleet.state, **{arguments.kind: ["rack1", "rack2"]})
     say(
-        f"Planting on each host: {arguments.live} live VMs and {arguments.dead} dead ones, two live builds in containers "
-        "and two dead ones.\nOf one dead VM a process still runs; the live source says that this VM was destroyed."
+        f"Planting on each host: {arguments.live} live VMs and {arguments.dead} dead ones, two live builds in "
+        "containers and two dead ones.\nOf one dead VM a process still runs; the live source calls this VM destroyed."
     )
     fleet.plant({"live": arguments.live, "orphans": arguments.dead, "containers": 2})
     time.sleep(2)  # what is two seconds old is old enough here; on real hosts it is a minute

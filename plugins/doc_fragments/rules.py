@@ -65,7 +65,8 @@ _RULES = {
           required: true
         pinned:
           description:
-            - Whether snapshots with the label C(containerd.io/gc.root) are meant too. C(ctr snapshots prepare) puts it on
+            - Whether snapshots with the label C(containerd.io/gc.root) are meant too. C(ctr snapshots prepare) puts it
+              on
               all that it makes. Otherwise they are left alone.
           type: bool
           default: false
@@ -131,7 +132,8 @@ def _all_kinds():
 options:
   rules:
     description:
-      - By kind, which names are those of VMs, and where to look for them; P(microvm.reaper.rules#lookup) makes them of presets.
+      - By kind, which names are those of VMs, and where to look for them; P(microvm.reaper.rules#lookup) makes them of
+        presets.
     type: dict
     required: true
     suboptions:

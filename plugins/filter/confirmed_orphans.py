@@ -11,7 +11,8 @@ version_added: 0.1.0
 author:
   - The microvm.reaper authors (@microvm)
 description:
-  - Takes the facts of one host, with the strikes it remembers, and returns the plan for it. What is in C(reap) belongs to
+  - Takes the facts of one host, with the strikes it remembers, and returns the plan for it. What is in C(reap) belongs
+    to
     no live VM and has been seen without one, as the same object, in as many sweeps as the policy asks for.
   - A pure function. The same facts, manifest and policy give the same plan.
 positional: manifest, policy

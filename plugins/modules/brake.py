@@ -11,7 +11,8 @@ version_added: 0.1.0
 author:
   - The microvm.reaper authors (@microvm)
 description:
-  - Looks at the plans of all hosts of the batch at once. Fails, and so stops them all, when one takes more than the caps allow
+  - Looks at the plans of all hosts of the batch at once. Fails, and so stops them all, when one takes more than the
+    caps allow
     or shows that the live source cannot be believed.
   - Names single hosts that are to be left alone, such as two that have the same machine id.
 options:
@@ -21,7 +22,8 @@ options:
     required: true
 attributes:
   action:
-    description: Indicates this has a corresponding action plugin so some parts of the options can be executed on the controller.
+    description: Indicates this has a corresponding action plugin so some parts of the options can be executed on the
+      controller.
     support: full
   check_mode:
     description: Can run in check mode and return the same as otherwise.

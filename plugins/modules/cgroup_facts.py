@@ -11,7 +11,8 @@ version_added: 0.1.0
 author:
   - The microvm.reaper authors (@microvm)
 description:
-  - Lists the cgroups right below the configured roots whose name is that of a VM, in every mounted hierarchy, v1 and v2.
+  - Lists the cgroups right below the configured roots whose name is that of a VM, in every mounted hierarchy, v1 and
+    v2.
 extends_documentation_fragment:
   - microvm.reaper.rules.cgroup
   - microvm.reaper.rules.facts
@@ -42,14 +43,16 @@ ansible_facts:
       type: dict
       contains:
         status:
-          description: V(ok), V(absent) where the host has no such thing at all, V(unavailable) where it could not be read.
+          description: V(ok), V(absent) where the host has no such thing at all, V(unavailable) where it could not be
+            read.
           type: str
         reason:
           description: Why it is not V(ok).
           type: str
         resources:
           description:
-            - What belongs to VMs. Each has C(kind), C(name), C(vm_id), C(identity), C(in_use), C(holders), C(age_seconds),
+            - What belongs to VMs. Each has C(kind), C(name), C(vm_id), C(identity), C(in_use), C(holders),
+              C(age_seconds),
               C(bytes), C(parent) and C(details).
             - C(name) is the path, C(in_use) tells that a process runs in the cgroup or below it; zombies do not count.
           type: list

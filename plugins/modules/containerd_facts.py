@@ -96,14 +96,16 @@ ansible_facts:
       type: dict
       contains:
         status:
-          description: V(ok), V(absent) where the host has no such thing at all, V(unavailable) where it could not be read.
+          description: V(ok), V(absent) where the host has no such thing at all, V(unavailable) where it could not be
+            read.
           type: str
         reason:
           description: Why it is not V(ok).
           type: str
         resources:
           description:
-            - What belongs to VMs. Each has C(kind), C(name), C(vm_id), C(identity), C(in_use), C(holders), C(age_seconds),
+            - What belongs to VMs. Each has C(kind), C(name), C(vm_id), C(identity), C(in_use), C(holders),
+              C(age_seconds),
               C(bytes), C(parent) and C(details).
             - C(name) is C(namespace/id), C(in_use) tells that the container has a task that has not ended.
           type: list
@@ -117,7 +119,8 @@ ansible_facts:
     vm_snapshots:
       description:
         - The snapshots of VMs, when O(snapshots) has rules, in the same shape.
-        - C(name) is C(namespace/snapshotter/key), C(holders) are the containers, snapshots, leases and labels that keep it.
+        - C(name) is C(namespace/snapshotter/key), C(holders) are the containers, snapshots, leases and labels that
+          keep it.
       type: dict
 """
 

@@ -39,16 +39,19 @@ ansible_facts:
       type: dict
       contains:
         status:
-          description: V(ok), V(absent) where the host has no such thing at all, V(unavailable) where it could not be read.
+          description: V(ok), V(absent) where the host has no such thing at all, V(unavailable) where it could not be
+            read.
           type: str
         reason:
           description: Why it is not V(ok).
           type: str
         resources:
           description:
-            - What belongs to VMs. Each has C(kind), C(name), C(vm_id), C(identity), C(in_use), C(holders), C(age_seconds),
+            - What belongs to VMs. Each has C(kind), C(name), C(vm_id), C(identity), C(in_use), C(holders),
+              C(age_seconds),
               C(bytes), C(parent) and C(details).
-            - C(name) is the path, C(in_use) tells that a process has its root, working directory or program in the jail.
+            - C(name) is the path, C(in_use) tells that a process has its root, working directory or program in the
+              jail.
           type: list
           elements: dict
         foreign:

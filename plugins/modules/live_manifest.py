@@ -11,7 +11,8 @@ version_added: 0.1.0
 author:
   - The microvm.reaper authors (@microvm)
 description:
-  - Fetches all live sources, checks each, joins them, and keeps the result in a temporary file on the controller, from which
+  - Fetches all live sources, checks each, joins them, and keeps the result in a temporary file on the controller, from
+    which
     plans read the share of their host.
   - Fails when a required source cannot be had or cannot be believed. An incomplete list is no list.
   - Run it after the facts were gathered. A VM whose resources were seen is then already on the list.
@@ -37,7 +38,8 @@ options:
     default: [deleted, destroyed, saga_unwound, terminated]
 attributes:
   action:
-    description: Indicates this has a corresponding action plugin so some parts of the options can be executed on the controller.
+    description: Indicates this has a corresponding action plugin so some parts of the options can be executed on the
+      controller.
     support: full
   check_mode:
     description: Can run in check mode and return the same as otherwise.

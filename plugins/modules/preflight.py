@@ -11,11 +11,13 @@ version_added: 0.1.0
 author:
   - The microvm.reaper authors (@microvm)
 description:
-  - Checks all C(reap_) variables of all hosts of the batch against the argument specification of the role. Types, choices,
+  - Checks all C(reap_) variables of all hosts of the batch against the argument specification of the role. Types,
+    choices,
     impossible values, presets and sources that do not exist, and names that the role does not know.
 attributes:
   action:
-    description: Indicates this has a corresponding action plugin so some parts of the options can be executed on the controller.
+    description: Indicates this has a corresponding action plugin so some parts of the options can be executed on the
+      controller.
     support: full
   check_mode:
     description: Can run in check mode and return the same as otherwise.

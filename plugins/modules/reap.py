@@ -11,10 +11,12 @@ version_added: 0.1.0
 author:
   - The microvm.reaper authors (@microvm)
 description:
-  - Removes what the plan names, in order, each on its own. Before every act the object is read again and must be the very
+  - Removes what the plan names, in order, each on its own. Before every act the object is read again and must be the
+    very
     one that the plan was made for; what is busy is left alone, and nothing is ever forced.
   - Writes the strikes that the plan gives into the host's ledger. A host that cannot remember removes nothing.
-  - One reaper at a time works on a host. A plan is carried out only when nobody has written the ledger since it was made.
+  - One reaper at a time works on a host. A plan is carried out only when nobody has written the ledger since it was
+    made.
   - A failed item never stops the others. The module fails at the end when any item failed.
 options:
   plan:
@@ -76,7 +78,8 @@ outcomes:
       type: str
     outcome:
       description:
-        - V(reaped), V(already_gone), V(deferred) when it is busy, V(identity_changed) when another object has its name now,
+        - V(reaped), V(already_gone), V(deferred) when it is busy, V(identity_changed) when another object has its name
+          now,
           V(failed), and in check mode V(would_reap).
       type: str
     message:

@@ -53,7 +53,8 @@ options:
     default: ""
 attributes:
   action:
-    description: Indicates this has a corresponding action plugin so some parts of the options can be executed on the controller.
+    description: Indicates this has a corresponding action plugin so some parts of the options can be executed on the
+      controller.
     support: full
   check_mode:
     description: Can run in check mode and return the same as otherwise.
@@ -88,7 +89,8 @@ report:
   returned: always
   type: str
 totals:
-  description: By host and kind, how many are live, suspected, confirmed, reaped, held, failed, and the bytes given back.
+  description: By host and kind, how many are live, suspected, confirmed, reaped, held, failed, and the bytes given
+    back.
   returned: always
   type: dict
 """

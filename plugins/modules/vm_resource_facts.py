@@ -11,7 +11,8 @@ version_added: 0.1.0
 author:
   - The microvm.reaper authors (@microvm)
 description:
-  - Reads all kinds of resources at the same time, and what the host remembers of earlier sweeps. Everything a plan needs to
+  - Reads all kinds of resources at the same time, and what the host remembers of earlier sweeps. Everything a plan
+    needs to
     know of the host, in one call.
   - Plans are made of it by P(microvm.reaper.confirmed_orphans#filter) and carried out by M(microvm.reaper.reap).
 options:
@@ -25,7 +26,8 @@ options:
     default: /var/lib/microvm.reaper
   packed:
     description:
-      - Return the kinds as one string, C(packed), in place of C(kinds). The filters of this collection read both; Ansible
+      - Return the kinds as one string, C(packed), in place of C(kinds). The filters of this collection read both;
+        Ansible
         itself handles one string many times faster than thousands of records.
     type: bool
     default: false
@@ -82,7 +84,8 @@ ansible_facts:
           type: int
         kinds:
           description:
-            - By kind, C(status), C(reason), C(resources), C(foreign) and C(seconds), as in the fact modules of the kinds.
+            - By kind, C(status), C(reason), C(resources), C(foreign) and C(seconds), as in the fact modules of the
+              kinds.
             - Only the kinds that have rules.
           type: dict
         packed:

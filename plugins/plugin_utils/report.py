@@ -161,7 +161,8 @@ def _headline(realm, manifest, hosts, summary, check_mode, abort):
         did = "%d reaped, %s given back" % (totals["reaped"], human_bytes(totals["bytes"]).replace("-", "0 B"))
     else:
         did = "nothing to reap" if not totals["confirmed"] else "nothing reaped"
-    parts = ["%d %s" % (totals[key], key.replace("_", " ")) for key in ("already_gone", "suspected", "held", "failed") if totals[key]]
+    others = ("already_gone", "suspected", "held", "failed")
+    parts = ["%d %s" % (totals[key], key.replace("_", " ")) for key in others if totals[key]]
     source = "%d VMs live by %s" % (manifest["count"], manifest["source"]) if manifest else "no list of live VMs"
     return "microvm.reaper: realm %s, %s, %s: %s%s%s" % (
         realm,

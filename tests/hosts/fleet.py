@@ -89,12 +89,14 @@ class Fleet:
     def sweep_argv(self, *arguments: str) -> list[str]:
         """Return the command line of one sweep."""
         extra = ["-e", f"reap_report_path={self.state}/report.json"]
-        return [str(BIN / "ansible-playbook"), "-i", f"{self.state}/inventory.yml", "playbooks/reap.yml", *extra, *arguments]
+        playbook = [str(BIN / "ansible-playbook"), "-i", f"{self.state}/inventory.yml", "playbooks/reap.yml"]
+        return [*playbook, *extra, *arguments]
 
     def check(self, orphans: str) -> list[str]:
         """Return what is wrong on any of the hosts."""
         with ThreadPoolExecutor() as pool:
-            return [problem for found in pool.map(lambda host: self._check(host, orphans), self.hosts()) for problem in found]
+            found = pool.map(lambda host: self._check(host, orphans), self.hosts())
+            return [problem for problems in found for problem in problems]
 
     def _plant(self, host: str, variables: dict, options: dict) -> dict:
         options = dict(

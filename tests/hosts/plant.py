@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Plants on a test host what live and dead VMs have there, and checks later what became of it. Runs on the host, as root.
+"""Plants on a test host what live and dead VMs have there, and checks later what became of it. Runs there, as root.
 
     plant.py plant --options '{"live": 25, "orphans": 25, ...}'  plant; print {"live": [...], "orphans": [...], ...}
     plant.py check --orphans there|gone                          exit 1 and say what is wrong
 
-The rows are those of docs/scenarios.md. VMs of two systems. Of hyper: a cgroup, a jail with the VMM's program in it, with device-mapper a thin volume, and for
+VMs of two systems. Of hyper: a cgroup, a jail with the VMM's program in it, with device-mapper a thin volume, and for
 some a zombie. A live one has its VMM running: in its cgroup, chrooted into its jail, its volume open. Of obuilder: a
 container with its snapshot, and layers of snapshots. A live one has a real task running.
 
@@ -254,7 +254,7 @@ def make_jail(vm_id: str, *, hostile: bool) -> Path:
 
 
 def start_vmm(leaf: Path, jail: Path, volume: str | None, *, orphaned: bool) -> int:
-    """Start a process called firecracker in the cgroup, chrooted into the jail, with the volume open. Return its pid."""
+    """Start a process called firecracker in the cgroup, chrooted into the jail, the volume open. Return its pid."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
