@@ -41,6 +41,10 @@ simulator: ## run the seeded simulator of fleets and failures
 lint docs unit simulator: $(READY_DEV)
 	@$(RUN) $@ -- $(ARGS)
 
+.PHONY: simulate
+simulate: $(READY_DEV) ## run it for long: SWEEPS=1000000 SEED=7
+	@$(BIN)/python tests/simulator/simulate.py $(addprefix --sweeps ,$(SWEEPS)) $(addprefix --seed ,$(SEED))
+
 .PHONY: sanity scenarios integration
 sanity: ## run ansible-test sanity on the built artifact
 scenarios: ## run the molecule scenarios: containers, and hosts with kernels of their own

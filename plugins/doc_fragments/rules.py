@@ -144,12 +144,6 @@ options:
 class ModuleDocFragment:
     """Fragments; the name of an attribute is the part after the dot in extends_documentation_fragment."""
 
-    DOCUMENTATION = _all_kinds()
-    CGROUP = _one_kind("cgroup")
-    JAIL = _one_kind("jail")
-    DM_THIN = _one_kind("dm_thin")
-    ZOMBIE = _one_kind("zombie")
-
     FACTS = """
 options:
   deadline:
@@ -176,3 +170,8 @@ requirements:
 notes:
   - Reads only. What could not be read is unavailable, with the reason; it is never an empty list.
 """
+
+
+setattr(ModuleDocFragment, "DOCUMENTATION", _all_kinds())  # noqa: B010
+for _kind in _RULES:
+    setattr(ModuleDocFragment, _kind.upper(), _one_kind(_kind))

@@ -38,7 +38,8 @@ class Hands:
         """Return what ``stop``, ``inspect`` or ``remove`` of the kind says of the token, whatever happens to it."""
         kind = token["kind"]
         if kind in self.hung:
-            return r.outcome(token, r.DEFERRED, "not tried: %s" % self.hung[kind])
+            deferred = r.outcome(token, r.DEFERRED, "not tried: %s" % self.hung[kind])
+            return dict(deferred, unfinished=True) if token.get("resume") else deferred
         try:
             return self._call(kind, act, token)
         except DeadlineExceeded as err:
@@ -142,12 +143,7 @@ def settled(ledger, kept, tokens, outcomes):
     by_key = {_key(one): one for one in outcomes}
     gone = {key for key, one in by_key.items() if one["outcome"] in (r.REAPED, r.ALREADY_GONE, r.IDENTITY_CHANGED)}
     strikes = {key: strike for key, strike in ledger["strikes"].items() if key not in gone}
-    # What was begun by an earlier reaper stays begun until it is gone, whatever is in its way today.
-    unfinished = [
-        token
-        for token in tokens
-        if by_key[_key(token)].get("unfinished") or token.get("resume") and _key(token) not in gone
-    ]
+    unfinished = [token for token in tokens if by_key[_key(token)].get("unfinished")]
     return dict(ledger, strikes=strikes, intents=kept + unfinished)
 
 

@@ -131,12 +131,18 @@ def reason(err):
 
 def attribute(number, name):
     """Return a file of a device in sysfs without its final newline, None when there is no such device or file."""
+    descriptor = None
     try:
-        text = read_text(os.path.join(SYS, "dev/block", number, name))
+        # No buffering: this is read for each volume of a host.
+        descriptor = os.open("%s/dev/block/%s/%s" % (SYS, number, name), os.O_RDONLY | os.O_CLOEXEC)
+        text = os.read(descriptor, 1 << 16).decode("utf-8", "replace")
     except OSError as err:
         if err.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
             return None
         raise
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
     return text[:-1] if text.endswith("\n") else text
 
 
@@ -154,14 +160,16 @@ def incarnation(number):
         return None
 
 
+def built_on(number):
+    """Return the numbers of the block devices that a device is built on."""
+    found = [attribute(number, "slaves/%s/dev" % name) for name in _listed(number, "slaves")]
+    return [one for one in found if one is not None]
+
+
 def devices_on(number):
     """Return HOLDERs for the block devices that are built on a device."""
-    try:
-        names = sorted(os.listdir(os.path.join(SYS, "dev/block", number, "holders")))
-    except FileNotFoundError:
-        return []
     found = []
-    for name in names[:MAX_HOLDERS]:
+    for name in _listed(number, "holders")[:MAX_HOLDERS]:
         try:
             called = read_text(os.path.join(SYS, "block", name, "dm/name")).rstrip("\n")
         except OSError:
@@ -170,16 +178,33 @@ def devices_on(number):
     return found
 
 
+def _listed(number, directory):
+    try:
+        return sorted(os.listdir(os.path.join(SYS, "dev/block", number, directory)))
+    except FileNotFoundError:
+        return []
+
+
 def node(number):
     """Return the path of a block device's node, None when there is none."""
     event = attribute(number, "uevent") or ""
     name = next((line[len("DEVNAME=") :] for line in event.split("\n") if line.startswith("DEVNAME=")), None)
     path = os.path.join("/dev", name) if name else None
+    return path if path and number_of(path) == number else None
+
+
+def number_of(path):
+    """Return the number of the block device whose node a path is, None when it is none."""
     try:
-        status = os.stat(path) if path else None
+        status = os.stat(path)
     except OSError:
         return None
-    return path if status and stat.S_ISBLK(status.st_mode) and _number(status.st_rdev) == number else None
+    return as_number(status.st_rdev) if stat.S_ISBLK(status.st_mode) else None
+
+
+def as_number(device):
+    """Return a device number, as stat() has it, as "major:minor"."""
+    return "%d:%d" % (os.major(device), os.minor(device))
 
 
 def openers(number):
@@ -194,11 +219,8 @@ def openers(number):
 
 
 def _openers(number):
-    found = []
-    path = node(number)
-    for line in read_text("/proc/swaps").split("\n")[1:]:
-        if path and os.path.realpath(line.split(" ")[0]) == path:
-            found.append(r.holder("swap", path))
+    swaps = [line.split(" ")[0] for line in read_text("/proc/swaps").split("\n")[1:]]
+    found = [r.holder("swap", processes.printable(path)) for path in swaps if number_of(path) == number]
     points = set()
     for pid in processes.pids():
         try:
@@ -213,17 +235,11 @@ def _openers(number):
 
 def _has_open(pid, number):
     for name in os.listdir("/proc/%d/fd" % pid):
+        path = "/proc/%d/fd/%s" % (pid, name)
         try:
-            path = "/proc/%d/fd/%s" % (pid, name)
-            if not os.readlink(path).startswith("/"):
-                continue  # a socket, a pipe
-            status = os.stat(path)
+            is_file = os.readlink(path).startswith("/")  # not a socket, not a pipe
         except OSError:
             continue  # closed while we looked
-        if stat.S_ISBLK(status.st_mode) and _number(status.st_rdev) == number:
+        if is_file and number_of(path) == number:
             return True
     return False
-
-
-def _number(device):
-    return "%d:%d" % (os.major(device), os.minor(device))

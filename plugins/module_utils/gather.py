@@ -1,6 +1,6 @@
 # Copyright: The microvm.reaper authors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""Reads all kinds of a host at the same time, each in a child of its own, and never writes.
+"""Reads all kinds of a host, in children that can be abandoned, and never writes.
 
 A kind that hangs, crashes or is refused is ``unavailable`` with the reason; it never reads as an empty list and never
 takes another kind with it.
@@ -9,6 +9,7 @@ takes another kind with it.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import time
 import zlib
@@ -18,6 +19,7 @@ from .probe import Absent, Host, ProbeError, Worker, boottime, read_text
 
 # More resources than this on one host are not leftovers but a fault; the kind is then not judged at all.
 MAX_RESOURCES = 200000
+PATIENCE_SECONDS = 2.0
 
 
 def gather(kinds, rules, realm, state_dir, seconds):
@@ -26,7 +28,7 @@ def gather(kinds, rules, realm, state_dir, seconds):
 
     ``kinds`` are the modules of the kinds, ``rules`` their rules by name; a kind without rules is not read.
     """
-    host = Host(boottime() + seconds)
+    host = Host(boottime() + seconds, state_dir)
     # Before the kinds: what another reaper does from here on makes its generation, and the plan made of this, void.
     ledger, problem = ledgers.load(state_dir, realm)
     found = collect_all([kind for kind in kinds if rules.get(kind.KIND)], rules, host)
@@ -43,13 +45,30 @@ def gather(kinds, rules, realm, state_dir, seconds):
 
 
 def collect_all(kinds, rules, host):
-    """Return ``{kind: {status, reason, resources, foreign, seconds}}``, all kinds read at the same time."""
-    workers = {}
-    for kind in kinds:
-        workers[kind.KIND] = Worker(lambda _item, kind=kind: _timed(kind, rules[kind.KIND], host))
-        workers[kind.KIND].send(None)
+    """Return ``{kind: {status, reason, resources, foreign, seconds}}``.
+
+    One child reads kind after kind: another fork costs more time than most kinds take, and as much memory again. Only
+    one that is slow, because it has much to read or hangs, keeps its child to itself, and the rest goes on beside it.
+    """
+    by_name = {kind.KIND: kind for kind in kinds}
     deadline = time.monotonic() + host.remaining()
-    return {kind.KIND: _answer(workers[kind.KIND], deadline) for kind in kinds}
+    patience = min(PATIENCE_SECONDS, host.remaining() / (2 * len(kinds) or 1))
+    found, busy, worker = {}, {}, None
+    for name in by_name:
+        if worker is None or worker.is_gone:
+            worker = Worker(lambda name: _timed(by_name[name], rules[name], host))
+        with contextlib.suppress(ProbeError):  # it has ended: _answer() says so
+            worker.send(name)
+        if worker.answers_within(patience):
+            found[name] = _answer(worker, deadline)
+        else:
+            busy[name], worker = worker, None
+    for name, slow in busy.items():
+        found[name] = _answer(slow, deadline)
+        slow.close()
+    if worker is not None:
+        worker.close()
+    return {name: found[name] for name in by_name}
 
 
 def pack(kinds):
@@ -78,11 +97,7 @@ def _answer(worker, deadline):
     try:
         found = worker.result(deadline)
     except Absent as err:
-        status, reason = "absent", str(err)
+        return dict(empty, status="absent", reason=str(err))
     except ProbeError as err:
         return dict(empty, status="unavailable", reason=str(err))
-    else:
-        worker.close()
-        return dict(found, status="ok", reason=None)
-    worker.close()
-    return dict(empty, status=status, reason=reason)
+    return dict(found, status="ok", reason=None)

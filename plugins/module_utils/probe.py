@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import json
 import os
 import select
@@ -26,8 +27,10 @@ COMMANDS = {
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/sbin:/usr/local/bin"
 ENVIRONMENT = {"PATH": PATH, "LC_ALL": "C", "LANGUAGE": "C", "TZ": "UTC"}
 MAX_OUTPUT = 64 * 1024 * 1024
+READ_SIZE = 1 << 16
 CLOSE_SECONDS = 0.5
 ANSWER_SECONDS = 5.0
+CLOSED = -1
 
 
 class ProbeError(Exception):
@@ -74,9 +77,19 @@ def boottime():
 
 
 def read_text(path, limit=1 << 20):
-    """Return up to ``limit`` bytes of a small kernel file as text; bytes that are not UTF-8 become U+FFFD."""
-    with open(path, "rb") as stream:
-        return stream.read(limit).decode("utf-8", "replace")
+    """Return up to ``limit`` bytes of a small kernel file as text; bytes that are not UTF-8 become U+FFFD.
+
+    Thousands of them are read: a stream would cost three times as much, and a buffer of the size of the limit.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        data = part = os.read(descriptor, min(limit, READ_SIZE))
+        while part and len(data) < limit:
+            part = os.read(descriptor, min(limit - len(data), READ_SIZE))
+            data += part
+    finally:
+        os.close(descriptor)
+    return data.decode("utf-8", "replace")
 
 
 def find_command(command):
@@ -172,12 +185,16 @@ class Worker:
             except BrokenPipeError:
                 self._give_up(ProbeError("the child that should have done it ended early"))
 
+    def answers_within(self, seconds):
+        """Tell whether the answer to the item sent last, or the child's end, comes within that time."""
+        return self.is_gone or bool(_ready([self._receive], [], time.monotonic() + seconds))
+
     def close(self):
         """End an idle child and collect it. One that is not idle, or was abandoned already, is not waited for."""
         if self.is_gone:
             return
         os.close(self._send)
-        self._send = None
+        self._send = CLOSED
         deadline = time.monotonic() + CLOSE_SECONDS
         while os.waitpid(self.pid, os.WNOHANG)[0] == 0:
             if time.monotonic() > deadline:
@@ -197,9 +214,9 @@ class Worker:
     def _let_go(self):
         self.is_gone = True
         for descriptor in (self._send, self._receive):
-            if descriptor is not None:
+            if descriptor != CLOSED:
                 os.close(descriptor)
-        self._send = self._receive = None
+        self._send = self._receive = CLOSED
 
     def _must_be_there(self):
         if self.is_gone:
@@ -226,6 +243,7 @@ def _serve(function, requests, answers):
     """The child's side: answer until the parent closes the pipe. Never returns into the parent's code."""
     try:
         os.setsid()
+        gc.freeze()  # or the collector would look at all that the parent has, and so copy it
         _close_all_but(requests, answers)
         _detach_standard_streams()
         with os.fdopen(requests, "rb") as stream:

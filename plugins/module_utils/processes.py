@@ -37,6 +37,14 @@ def parse_stat(text):
     return Stat(int(pid), command, fields[0], int(fields[1]), int(fields[17]), int(fields[19]))
 
 
+def in_state(state):
+    """Yield the Stat of every process in a state. Most are in another one, so the rest of their text is not parsed."""
+    for pid in pids():
+        text = read(pid, "stat")
+        if text and text.startswith(state, text.rfind(")") + 2):
+            yield parse_stat(text)
+
+
 def stat(pid):
     """Return the Stat of a process, None when there is none."""
     text = read(pid, "stat")
@@ -186,7 +194,6 @@ def _root_mounts(pid):
 def _link(pid, name):
     """Return where a link of /proc/PID leads, None for a process that is gone, a zombie or of the kernel."""
     try:
-        path = os.readlink("/proc/%d/%s" % (pid, name))
+        return os.readlink("/proc/%d/%s" % (pid, name))
     except (FileNotFoundError, ProcessLookupError):
         return None
-    return path[: -len(" (deleted)")] if path.endswith(" (deleted)") else path

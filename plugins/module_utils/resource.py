@@ -87,7 +87,7 @@ def outcome(token, result, message="", *, bytes_given_back=0, holders=()):
 
 def is_text(name):
     """Tell whether ``name`` can travel as UTF-8 text: no bytes that were not UTF-8, no control characters."""
-    return 0 < len(name) <= MAX_NAME and name.isprintable() and not any("\udc80" <= c <= "\udcff" for c in name)
+    return 0 < len(name) <= MAX_NAME and name.isprintable()  # a surrogate, which stands for such a byte, is not
 
 
 class Names:

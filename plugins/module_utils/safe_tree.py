@@ -23,6 +23,7 @@ FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 PLACE = getattr(os, "O_PATH", 0o10000000) | os.O_NOFOLLOW | os.O_CLOEXEC
 # How deep we go with a descriptor held per level; what is deeper is moved up first, see Removal.
 MAX_DEPTH = 32
+CLOSED = -1  # not None, which for a directory descriptor means the working directory
 
 _AT_EMPTY_PATH, _STATX_BTIME, _MAX_HANDLE = 0x1000, 0x800, 128
 _MS_PRIVATE, _UMOUNT_NOFOLLOW = 1 << 18, 8
@@ -61,7 +62,7 @@ class Tree:
     def __init__(self, base, names):
         self.name = names[-1]
         self.path = os.path.join(base, *names)
-        self.directory = None
+        self.directory = CLOSED
         self.parent = _descend(base, names[:-1])
         try:
             self.directory = _open(self.name, DIRECTORY, self.parent)
@@ -78,9 +79,9 @@ class Tree:
     def close(self):
         """Let go of the tree."""
         for descriptor in (self.parent, self.directory):
-            if descriptor is not None:
+            if descriptor != CLOSED:
                 os.close(descriptor)
-        self.parent = self.directory = None
+        self.parent = self.directory = CLOSED
 
     def identity(self):
         """Return a text that no other directory has: not one of the same name, not one with the same inode.
@@ -107,7 +108,7 @@ class Tree:
         itself = [mount for mount in table if mount.point == self.path]
         if itself:
             os.close(self.directory)  # or we are the ones who hold it
-            self.directory = None
+            self.directory = CLOSED
         for mount in itself:
             self._unmount(mount)
         left = mounts.below(mounts.read(), self.path)
@@ -118,7 +119,7 @@ class Tree:
     def remove(self):
         """Remove the empty tree itself. Raises Busy when it is not empty, or not the directory that we hold."""
         try:
-            if self.directory is not None:
+            if self.directory != CLOSED:
                 there = os.stat(self.name, dir_fd=self.parent, follow_symlinks=False)
                 if not os.path.samestat(there, os.fstat(self.directory)):
                     raise Busy("another directory of the same name took its place")
@@ -126,7 +127,7 @@ class Tree:
         except FileNotFoundError:
             return
         except OSError as err:
-            if self.directory is None and err.errno == errno.ENOTEMPTY:
+            if self.directory == CLOSED and err.errno == errno.ENOTEMPTY:
                 raise Busy("unmounted; the directory that its mount hid is another one, and not empty") from err
             raise _blocked(err, self.path) from err
 

@@ -162,7 +162,7 @@ def main():
         module.fail_json(msg="not a plan of microvm.reaper.confirmed_orphans: %s" % err, outcomes=[])
     if plan.get("refused"):
         module.fail_json(msg="refused (%(code)s): %(message)s" % plan["refused"], outcomes=[], refused=plan["refused"])
-    host = Host(boottime() + params["deadline"])
+    host = Host(boottime() + params["deadline"], params["state_dir"])
     try:
         with acts.Hands(params["rules"], host, ORDER) as hands:
             if module.check_mode:

@@ -98,7 +98,7 @@ def plan(facts, share, policy, kinds):
     families = {vm_id: judge.family(vm_id, members) for vm_id, members in _by_family(resources)}
     judge.keep_unseen_strikes()
     tokens = _tokens(families, kinds, judge)
-    resumed, kept, notices = _intents(facts, judge, families, kinds, resources)
+    resumed, kept = _intents(facts, judge, families, kinds, resources)
     tokens = _in_order(tokens + resumed, kinds)
     refused = _over_cap(families, tokens, policy)
     counts = _counts(facts, families, tokens)
@@ -111,9 +111,7 @@ def plan(facts, share, policy, kinds):
         "strikes": judge.strikes,
         "intents": kept,
     }
-    return _plan(
-        facts, share, policy, families=families, tokens=tokens, ledger=ledger, counts=counts, notices=notices
-    )
+    return _plan(facts, share, policy, families=families, tokens=tokens, ledger=ledger, counts=counts)
 
 
 def is_permitted(running, evidence):
@@ -445,35 +443,35 @@ def _in_order(tokens, kinds):
 
 
 def _intents(facts, judge, families, kinds, resources):
-    """Return ``(tokens to finish, intents to keep, notices)`` for the removals that were cut short.
+    """Return ``(tokens to finish, intents to keep)`` for the removals that were cut short.
 
     Only some kinds can be half removed in a way that no later look shows; those tokens are planned again as they were,
-    and the kind itself proves that the object is still the same. They wait as long as anything else of the VM would.
+    and the kind itself proves that the object is still the same. They wait as long as anything else of the VM would,
+    and while their name is that of another object.
     """
-    finish, keep, notices = [], [], []
-    present = {_key(resource) for resource in resources}
+    finish, keep = [], []
+    present = {_key(resource): resource["identity"] for resource in resources}
     for token in facts["ledger"]["intents"]:
         kind = kinds.get(token["kind"])
-        if not kind or not kind.get("resumes") or _key(token) in present:
-            continue
-        vm_id = token["vm_id"]
-        if vm_id in judge.live:
-            notices.append(
-                "the removal of %s was cut short by an earlier end of the reaper, and its VM %s is live now: left alone"
-                % (_key(token), vm_id)
-            )
-        elif (
-            judge.unreadable[token["kind"]]
-            or facts["kinds"].get(token["kind"], {}).get("status") != "ok"
-            or judge.pin(vm_id)
-            or not judge.share["proven"]
+        if not kind or not kind.get("resumes") or present.get(_key(token)) == token["identity"]:
+            continue  # what is still to be seen needs no memory
+        vm_id, entry = token["vm_id"], facts["kinds"].get(token["kind"])
+        if (
+            _key(token) in present
+            or vm_id in judge.live
             or vm_id in families
             and families[vm_id]["verdict"] != CONFIRMED
+            or judge.pin(vm_id)
+            or not judge.share["proven"]
+            or judge.unreadable[token["kind"]]
+            or not entry
+            or entry["status"] != "ok"
         ):
             keep.append(token)
         else:
             finish.append(dict(token, stop=False, resume=True))
-    return finish, keep, notices
+            present[_key(token)] = None  # of two that had the same name, one at a time
+    return finish, keep
 
 
 # --- 5. caps, counts, and the plan itself ------------------------------------------------------------------------
@@ -526,7 +524,7 @@ def _counts(facts, families, tokens, verdict=None):
     return counts
 
 
-def _plan(facts, share, policy, *, refused=None, families=None, tokens=(), ledger=None, counts=None, notices=()):
+def _plan(facts, share, policy, *, refused=None, families=None, tokens=(), ledger=None, counts=None):
     families = families or {}
     before = facts["ledger"]
     ledger = ledger or {key: before[key] for key in ("host", "machine_id", "manifest", "strikes", "intents")}
@@ -548,7 +546,7 @@ def _plan(facts, share, policy, *, refused=None, families=None, tokens=(), ledge
         "ledger_changed": any(ledger[key] != before[key] for key in ledger),
         "generation": before["generation"],
         "counts": {kind: counts[kind] for kind in sorted(counts)},
-        "notices": sorted(notices) + ([facts["ledger_problem"]] if facts.get("ledger_problem") else []),
+        "notices": [facts["ledger_problem"]] if facts.get("ledger_problem") else [],
     }
 
 

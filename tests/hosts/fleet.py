@@ -62,7 +62,7 @@ class Fleet:
 
     def list_live(self, **changes) -> None:
         """Write the manifest of this moment; ``changes`` replace keys of it."""
-        planted = json.loads((self.state / "planted.json").read_text())
+        planted = self.planted()
         vms = [{"vm_id": vm_id, "host": host} for host, one in planted.items() for vm_id in one["live"]]
         dead = [{"vm_id": vm_id} for one in planted.values() for vm_id in one["tombstones"]]
         document = {
@@ -92,6 +92,24 @@ class Fleet:
         playbook = [str(BIN / "ansible-playbook"), "-i", f"{self.state}/inventory.yml", "playbooks/reap.yml"]
         return [*playbook, *extra, *arguments]
 
+    def clear(self) -> None:
+        """Make all hosts as new: without any VM, dead or alive, and without what a reaper remembers."""
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda host: self._on(host, "clear"), self.hosts()))
+
+    def left(self, host: str) -> list[str]:
+        """Return what there still is of the dead VMs on a host, each as "kind name"."""
+        return json.loads(self._on(host, "left"))
+
+    def ledger(self, host: str) -> dict | None:
+        """Return what a host remembers, None for a host without a ledger."""
+        done = self.run(host, f"cat /var/lib/microvm.reaper/{REALM}/ledger.json")
+        return json.loads(done.stdout) if done.returncode == 0 else None
+
+    def planted(self) -> dict[str, dict]:
+        """Return what was planted on each host."""
+        return json.loads((self.state / "planted.json").read_text())
+
     def check(self, orphans: str) -> list[str]:
         """Return what is wrong on any of the hosts."""
         with ThreadPoolExecutor() as pool:
@@ -109,12 +127,15 @@ class Fleet:
             archive=variables["test_busybox_archive"],
             image=variables["test_busybox_image"],
         )
+        return json.loads(self._on(host, f"plant --options {shlex.quote(json.dumps(options))}"))
+
+    def _on(self, host: str, arguments: str) -> str:
+        """Run plant.py on a host."""
         script = (HERE / "plant.py").read_text()
-        self.run(host, "cat > /run/plant.py", input=script, check=True)
-        done = self.run(host, f"python3 /run/plant.py plant --options {shlex.quote(json.dumps(options))}")
+        done = self.run(host, f"cat > /run/plant.py; python3 /run/plant.py {arguments}", input=script)
         if done.returncode:
             raise RuntimeError(f"{host}: {done.stderr or done.stdout}")
-        return json.loads(done.stdout)
+        return done.stdout
 
     def _check(self, host: str, orphans: str) -> list[str]:
         done = self.run(host, f"python3 /run/plant.py check --orphans {orphans}")

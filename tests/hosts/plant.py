@@ -2,7 +2,11 @@
 """Plants on a test host what live and dead VMs have there, and checks later what became of it. Runs there, as root.
 
     plant.py plant --options '{"live": 25, "orphans": 25, ...}'  plant; print {"live": [...], "orphans": [...], ...}
-    plant.py check --orphans there|gone                          exit 1 and say what is wrong
+    plant.py check --orphans there|gone|any                      exit 1 and say what is wrong
+    plant.py left                                                print what there still is of the dead VMs, as a list
+    plant.py clear                                               remove all of it, alive or dead, and the ledger
+
+Planting clears the host first.
 
 VMs of two systems. Of hyper: a cgroup, a jail with the VMM's program in it, with device-mapper a thin volume, and for
 some a zombie. A live one has its VMM running: in its cgroup, chrooted into its jail, its volume open. Of obuilder: a
@@ -25,6 +29,7 @@ import time
 from pathlib import Path
 
 STATE = Path("/run/planted.json")
+MEMORY = Path("/var/lib/microvm.reaper")
 SENTINEL = Path("/srv/sentinel")
 JAILS = Path("/srv/jailer")
 POOL = "hyper-thinpool"
@@ -57,8 +62,17 @@ def main() -> int:
     plant = commands.add_parser("plant")
     plant.add_argument("--options", type=json.loads, default={})
     check = commands.add_parser("check")
-    check.add_argument("--orphans", choices=["there", "gone"], required=True)
+    check.add_argument("--orphans", choices=["there", "gone", "any"], required=True)
+    commands.add_parser("left")
+    commands.add_parser("clear")
     arguments = parser.parse_args()
+    if arguments.command in ("plant", "clear"):
+        clear()
+    if arguments.command == "clear":
+        return 0
+    if arguments.command == "left":
+        print(json.dumps(Check(json.loads(STATE.read_text())).left()))
+        return 0
     if arguments.command == "plant":
         print(json.dumps(in_a_daemon(dict(DEFAULTS, **arguments.options))))
         return 0
@@ -126,12 +140,13 @@ class Planter:
         SENTINEL.mkdir(parents=True)
         (SENTINEL / "precious").write_text("outside every jail\n")
         self.cgroups.mkdir(parents=True)
-        if self.options["device_mapper"]:
+        if self.options["device_mapper"] and not Path("/dev/mapper", POOL).exists():
             command("mkpool", POOL, "768")
         live = [self.vm_id("l", n) for n in range(self.options["live"])]
         orphans = [self.vm_id("o", n) for n in range(self.options["orphans"])]
         for number, vm_id in enumerate(live):
             self.hyper(vm_id, running=True, stray=False, zombie=number < self.options["zombies"])
+        needed = pool_used()
         for number, vm_id in enumerate(orphans):
             running = number < self.options["running_orphans"]
             self.hyper(vm_id, running=running, stray=True, zombie=number >= len(orphans) - self.options["zombies"])
@@ -149,7 +164,9 @@ class Planter:
             "zombies": self.zombies,
             "trees": {vm_id: checksum(JAILS / "firecracker" / vm_id) for vm_id in live},
             "sentinel": checksum(SENTINEL),
-            "pool_used": pool_used(),
+            "pool_needed": needed,
+            "thin_ids": self.thin_id,
+            "daemon": process(os.getpid()),
             "cgroups": sorted(os.listdir(self.cgroups)),
             "jails": sorted(os.listdir(JAILS / "firecracker")),
         }
@@ -315,16 +332,22 @@ class Check:
         return wrong
 
     def orphans(self, expected: str) -> list[str]:
-        names, wanted = set(self.names()), self.expected("orphans")
+        if expected == "any":
+            return []
+        there, wanted = self.left(), self.expected("orphans")
         if expected == "there":
-            return [f"the {name} of a dead VM is gone too early" for name in wanted if name not in names]
-        left = [f"the {name} of a dead VM is still there" for name in wanted if name in names]
-        blocks = pool_used()
-        if self.planted["volumes"] and blocks >= self.planted["pool_used"]:
-            left.append(f"the pool has not got its blocks back: {blocks} of {self.planted['pool_used']} used")
+            return [f"the {name} of a dead VM is gone too early" for name in wanted if name not in there]
+        left = [f"the {name} of a dead VM is still there" for name in there]
+        if pool_used() != self.planted["pool_needed"]:
+            left.append(f"the pool has {pool_used()} blocks in use, and the live VMs {self.planted['pool_needed']}")
         dead = self.planted["orphans"]
         left += [f"still mounted: {point}" for point in mounts() if any(vm_id in point for vm_id in dead)]
         return left
+
+    def left(self) -> list[str]:
+        """Return the names of what there still is of the dead VMs."""
+        names = set(self.names())
+        return [name for name in self.expected("orphans") if name in names]
 
     def untouched(self) -> list[str]:
         wrong = [] if checksum(SENTINEL) == self.planted["sentinel"] else ["what lies outside the jails has changed"]
@@ -361,6 +384,60 @@ class Check:
 
     def ctr(self, *arguments: str) -> str:
         return ctr(self.options["namespace"], *arguments) if self.options["containers"] else ""
+
+
+# --- clearing
+
+
+def clear() -> None:
+    """Remove all that was planted before, alive or dead, and what a reaper remembers of it."""
+    planted = json.loads(STATE.read_text()) if STATE.exists() else None
+    if planted:
+        options = planted["options"]
+        daemon = int(planted["daemon"].split(":")[0])
+        if process(daemon) == planted["daemon"]:
+            os.kill(daemon, signal.SIGKILL)
+        clear_cgroups(Path(options["cgroup_mount"], options["cgroup_parent"]))
+        if options["containers"]:
+            clear_containerd(options["namespace"])
+    for point in sorted((point for point in mounts() if point.startswith(f"{JAILS}/")), reverse=True):
+        command("umount", point)
+    if planted and planted["options"]["device_mapper"]:
+        clear_volumes(planted["thin_ids"])
+    for directory in (JAILS, SENTINEL, MEMORY):
+        if directory.exists():
+            shutil.rmtree(os.fsencode(directory))
+    STATE.unlink(missing_ok=True)
+
+
+def clear_cgroups(top: Path) -> None:
+    if top.exists():
+        (top / "cgroup.kill").write_text("1")
+        wait_for(lambda: "populated 0" in read(top / "cgroup.events"), "the end of the planted processes")
+    for directory, _names, _files in os.walk(os.fsencode(top), topdown=False):
+        os.rmdir(directory)
+
+
+def clear_containerd(namespace: str) -> None:
+    for name in ctr(namespace, "tasks", "ls", "-q").split():
+        ctr(namespace, "tasks", "rm", "--force", name)
+    for name in ctr(namespace, "containers", "ls", "-q").split():
+        ctr(namespace, "containers", "rm", name)
+    rows = [line.split() for line in ctr(namespace, "snapshots", "ls").splitlines()[1:]]
+    parents = {row[0]: row[1] if len(row) == 3 else "" for row in rows if not row[0].startswith("sha256:")}
+    while parents:
+        for leaf in set(parents) - set(parents.values()):
+            ctr(namespace, "snapshots", "rm", leaf)
+            del parents[leaf]
+
+
+def clear_volumes(thin_ids: int) -> None:
+    for line in command("dmsetup", "ls").splitlines():
+        if line.startswith("hyper-rw-"):
+            command("dmsetup", "remove", "--retry", line.split()[0])
+    for number in range(thin_ids):
+        with contextlib.suppress(RuntimeError):  # deleted already
+            command("dmsetup", "message", POOL, "0", f"delete {number}")
 
 
 # --- helpers

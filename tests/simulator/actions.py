@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
-from .world import FLAVOURS, LOST_AT_REBOOT, Vm
+from ansible_collections.microvm.reaper.plugins.module_utils import ledger as ledgers
+
+from .world import FLAVOURS, LOST_AT_REBOOT, REALM, Vm
 
 IDS = tuple("v%02d" % number for number in range(24))
 FULL = 14
@@ -17,7 +19,13 @@ def create(world):
     if len(used) >= FULL or not free:
         return
     host = world.random.choice(world.hosts)
-    vm = Vm(world.random.choice(free), host, world.random.choice(FLAVOURS), world.next_serial())
+    vm_id, flavour = world.random.choice(free), world.random.choice(FLAVOURS)
+    left = [thing.vm for thing in list(host.half.values()) * 5 + list(host.things.values())]
+    again = [old for old in left if old.vm_id not in used]
+    if again and world.random.random() < 0.3:
+        old = world.random.choice(again)
+        vm_id, flavour = old.vm_id, old.flavour
+    vm = Vm(vm_id, host, flavour, world.next_serial())
     world.vms.append(vm)
     for kind in vm.flavour:
         world.add(host, kind, vm)
@@ -100,6 +108,18 @@ def reboot(world):
     world.story.tell("%s is booted again", host)
 
 
+def lose_the_ledger(world):
+    """A host's disk is made anew, or its ledger was corrupt."""
+    if world.random.random() < 0.95:
+        return
+    host = world.random.choice(world.hosts)
+    host.ledger = ledgers.empty(REALM)
+    host.half.clear()  # only the ledger knew of them
+    for thing in host.things.values():
+        thing.chances = 0
+    world.story.tell("%s lost its ledger", host)
+
+
 def share_a_snapshot(world):
     """A container of a living VM comes to run on a snapshot of another, which may die before it does."""
     host = world.random.choice(world.hosts)
@@ -112,7 +132,7 @@ def share_a_snapshot(world):
             world.story.tell("the %s runs on the %s", container, snapshot)
 
 
-ALL = (create, create, create, run, migrate, migrate, destroy, crash, reboot, share_a_snapshot)
+ALL = (create, create, create, run, migrate, migrate, destroy, crash, reboot, lose_the_ledger, share_a_snapshot)
 
 
 def happen(world, times):

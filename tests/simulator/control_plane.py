@@ -3,7 +3,8 @@
 """What the control plane answers: the truth a little late, the truth of some minutes ago, or one of its lies.
 
 A lie of which no single sweep can know is a VM left out for once; only the second strike protects from it. So it is
-told in one sweep, and no host hears the next before it has heard the truth.
+told in one sweep, no host hears the next before it has heard the truth, and it is not about a VM that has a strike from
+the seconds before it was listed: two failures at once are more than two strikes are for.
 """
 
 from __future__ import annotations
@@ -103,9 +104,10 @@ class ControlPlane:
 
     def _glitch(self):
         document = self._honest()
-        if any(host.learned_from_a_glitch for host in self.world.hosts) or not document["vms"]:
+        known = [vm.vm_id for vm in self.world.living() if all(host.has_heard_of(vm) for host in self.world.hosts)]
+        if any(host.learned_from_a_glitch for host in self.world.hosts) or not known:
             return None
-        left_out = self.world.random.choice(document["vms"])["vm_id"]
+        left_out = self.world.random.choice(known)
         self.world.story.tell("the list leaves out %s for once", left_out)
         vms = [vm for vm in document["vms"] if vm["vm_id"] != left_out]
         return dict(document, vms=vms, count=len(vms))

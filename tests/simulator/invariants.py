@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from ansible_collections.microvm.reaper.plugins.plugin_utils import planner
+from ansible_collections.microvm.reaper.plugins.plugin_utils import manifest, planner
 from unit.builders import TRAITS
 
 from .story import Violation
@@ -103,7 +103,7 @@ def orphans_go(world, sweep):
 
 def _could_reap(host, sweep):
     return (
-        sweep.mood in ("honest",)
+        sweep.mood == "honest"
         and not (sweep.check_mode or sweep.stopped or sweep.unavailable[host])
         and host in sweep.plans
         and host not in sweep.killed
@@ -121,11 +121,9 @@ def _has_to_wait(world, host, thing):
     )
 
 
-def _held(host, thing, depth=0):
+def _held(host, thing):
     return any(user in host.things.values() for user in thing.used_by)
 
 
 def _union(document, now):
-    from ansible_collections.microvm.reaper.plugins.plugin_utils import manifest
-
     return manifest.union([manifest.check(document, "cp", now=now, max_age=float("inf"))])

@@ -25,7 +25,7 @@ class Sweep:
 
     def __init__(self, check_mode, policy):
         self.check_mode, self.policy = check_mode, policy
-        self.mood = None
+        self.mood, self.fetched = None, 0.0
         self.unavailable = {}
         self.plans = {}
         self.stopped = None
@@ -57,14 +57,17 @@ class Sweeper:
             self._other_controller()
         self._meanwhile()
         for host, plan in sweep.plans.items():
-            if not plan["refused"] and (plan["reap"] or plan["ledger_changed"]):
+            if not plan["refused"]:
                 self.carry_out(host, plan, sweep)
         return sweep
 
     def carry_out(self, host, plan, sweep):
         """What the module reap does with a plan: only look in check mode, else act."""
         if not sweep.check_mode:
-            self.apply(host, plan, sweep)
+            if plan["reap"] or plan["ledger_changed"]:
+                self.apply(host, plan, sweep)
+            elif sweep.mood == "honest":
+                host.heard_the_truth = sweep.fetched
 
     def apply(self, host, plan, sweep):
         """What acts.apply() does, on the model's host."""
@@ -75,9 +78,11 @@ class Sweeper:
         ledger = save(host, dict(host.ledger, **dict(plan["ledger"], intents=kept + tokens)))
         sweep.carried_out.add(host)
         host.learned_from_a_glitch = sweep.mood == "glitch"
+        if sweep.mood == "honest":
+            host.heard_the_truth = sweep.fetched
         outcomes = []
         for token in tokens:
-            if self.world.random.random() < 0.02:
+            if self.world.random.random() < (0.15 if token["kind"] == "dm_thin" else 0.02):
                 self._killed(host, token, sweep)
                 return
             outcomes.append(self._act(host, token, sweep))
@@ -91,6 +96,7 @@ class Sweeper:
 
     def _plan(self, facts, sweep):
         world = self.world
+        sweep.fetched = world.now
         document, sweep.mood = self.control_plane.document(sweep.policy is LIFTED)
         try:
             checked = manifest.check(document, "cp", now=world.now, max_age=MAX_AGE)
@@ -131,16 +137,15 @@ class Sweeper:
         half = thing and thing.kind == "dm_thin" and thing.identity == token["identity"] and not host.in_use(thing)
         if half and self.world.random.random() < 0.8:
             host.drop(thing)
-            host.half[thing.name] = thing
+            host.half[thing.identity] = thing
             sweep.reaped.append((host, thing))
         sweep.killed.add(host)
         self.world.story.tell("%s: the reaper is killed at %s %s", host, token["kind"], token["name"])
 
     def _act(self, host, token, sweep):
         if token.get("resume"):
-            thing = host.half.get(token["name"])
-            if thing and thing.identity == token["identity"]:
-                del host.half[token["name"]]
+            thing = host.half.pop(token["identity"], None)
+            if thing:
                 self.world.story.tell("%s: %s is finished", host, thing)
                 return r.outcome(token, r.REAPED)
             return r.outcome(token, r.ALREADY_GONE)

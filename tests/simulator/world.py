@@ -11,7 +11,7 @@ REALM = "prod"
 START = 1_800_000_000.0
 # What the reaper relies on: a VM is on the list this many seconds after the first of its things at the latest.
 LAG = 30.0
-FLAVOURS = (("cgroup", "jail", "dm_thin"), ("container", "snapshot", "cgroup"))
+FLAVOURS = (("cgroup", "jail", "dm_thin"), ("container", "snapshot", "cgroup"), ("jail",))
 # A host cannot tell the age of every kind.
 AGELESS = ("jail", "snapshot")
 LOST_AT_REBOOT = ("cgroup", "dm_thin", "zombie")
@@ -68,6 +68,7 @@ class Host:
         self.half = {}
         self.ledger = ledgers.empty(REALM)
         self.learned_from_a_glitch = False
+        self.heard_the_truth = 0.0
 
     def __repr__(self):
         return self.name
@@ -112,6 +113,10 @@ class Host:
     def in_use(self, thing):
         """Tell whether something runs in it."""
         return thing.runaway or thing.kind in RUNS and thing.vm.running and thing.vm.lives_on(self)
+
+    def has_heard_of(self, vm):
+        """Tell whether the host has heard the truth since all that the VM has on it must have been listed."""
+        return all(thing.born + LAG < self.heard_the_truth for thing in self.things.values() if thing.vm is vm)
 
     def drop(self, thing):
         """Take a thing away, and what it used with it from its list of users."""

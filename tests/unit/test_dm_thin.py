@@ -12,6 +12,7 @@ from ansible_collections.microvm.reaper.plugins.module_utils.kinds import dm_thi
 CAPTURES = pathlib.Path(__file__).parent / "captures"
 VERSIONS = sorted(path.name for path in CAPTURES.glob("dmsetup-*.json"))
 STATES = json.loads((CAPTURES / "thin-pool-states-linux-7.2.7.json").read_text())
+FAILED = STATES["thin of a failed pool"]
 RULES = [{"name": "hyper-rw-(?P<vm_id>.*)"}]
 
 
@@ -113,8 +114,8 @@ def test_says_why_a_volume_is_held(capture):
     assert held["hyper-rw-vother"] == (False, [{"type": "pool", "name": because}])
 
 
-def test_a_device_that_was_replaced_since_it_was_listed_is_left_out(capture, tmp_path):
-    (tmp_path / "dev/block/254:3/dm/name").write_text("hyper-rw-vlive\n")
+def test_a_device_that_vanished_since_it_was_listed_is_left_out(capture, tmp_path):
+    (tmp_path / "dev/block/254:3").rename(tmp_path / "gone")
     names = [one["name"] for one in collect(capture)["resources"]]
     assert "hyper-rw-vdead" not in names and "hyper-rw-vopen" in names
 
@@ -158,11 +159,36 @@ def test_needs_check_comes_first():
     assert thin_pool.parse_health(32768, words).trouble == "needs_check"
 
 
-def test_a_failed_volume_has_no_size(capture):
+def test_a_volume_of_a_failed_pool_is_reported(capture, tmp_path):
     changed = json.loads(json.dumps(capture))
-    changed["collect"][2]["out"] = changed["collect"][2]["out"].replace("thin 10240 10239", "thin Fail")
-    sizes = {one["name"]: one["bytes"] for one in collect(changed)["resources"]}
-    assert sizes["hyper-rw-vdead"] is None
+    table, status, pools = changed["collect"][1:]
+    table["out"] = table["out"].replace("hyper-rw-vdead: 0 65536 thin 254:0 1\n", "hyper-rw-vdead: %s\n" % FAILED)
+    status["out"] = status["out"].replace("thin 10240 10239", "thin Fail")
+    pools["out"] = "hyper-thinpool: %s\n" % STATES["fail"]
+    slaves = tmp_path / "dev/block/254:3/slaves"
+    (slaves / "dm-0").mkdir(parents=True)
+    (slaves / "dm-0/dev").write_text("254:0\n")
+    one = next(one for one in collect(changed)["resources"] if one["name"] == "hyper-rw-vdead")
+    assert (one["bytes"], one["holders"]) == (None, [{"type": "pool", "name": "hyper-thinpool: Fail"}])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "rule"),
+    [
+        (
+            "/1/hyper-rw-vdead/",
+            "/2/hyper-rw-vdead/",
+            "hyper-rw-(?P<vm_id>vdead)",
+        ),  # a linear target follows the thin one
+        ("hyper-rw-vdead", "\ufffd-vdead", ".*-(?P<vm_id>vdead)"),  # was not UTF-8
+    ],
+)
+def test_is_not_ours_whatever_the_rule(capture, old, new, rule):
+    changed = dict(json.loads(json.dumps(capture)), rules=[{"name": rule}])
+    assert len(collect(dict(capture, rules=[{"name": ".*-(?P<vm_id>vdead)"}]))["resources"]) == 1
+    for answer in changed["collect"]:
+        answer["out"] = answer["out"].replace(old, new)
+    assert collect(changed)["resources"] == []
 
 
 def test_no_devices_at_all_is_empty(capture):

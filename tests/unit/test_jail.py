@@ -275,8 +275,21 @@ def test_what_vanishes_between_listing_and_reading_is_not_an_error(base, rules, 
 
 
 @pytest.mark.parametrize(
-    "tail", ["", "/", "/firecracker", "/vabc", "/firecracker/vabc/", "/firecracker/vabc/root", "/x/../firecracker/vabc",
-             "/firecracker/../firecracker/vabc", "//vabc", "/other/vabc", "/firecracker/..", "x/firecracker/vabc"]
+    "tail",
+    [
+        "",
+        "/",
+        "/firecracker",
+        "/vabc",
+        "/firecracker/vabc/",
+        "/firecracker/vabc/root",
+        "/x/../firecracker/vabc",
+        "/firecracker/../firecracker/vabc",
+        "//vabc",
+        "/other/vabc",
+        "/firecracker/..",
+        "x/firecracker/vabc",
+    ],
 )
 def test_a_token_is_acted_on_only_by_its_own_name(base, rules, host, tail):
     make(base)
@@ -287,8 +300,35 @@ def test_a_token_is_acted_on_only_by_its_own_name(base, rules, host, tail):
     assert result(jail.remove(one, rules, host)) == r.FAILED
 
 
-HOSTILE = ["a b", "a'b\"c", "$(reboot)", "`reboot`", "{{ x }}", "a\nb", "-rf", "\u202ea", "x" * 255, "a\\b", "...",
-           os.fsdecode(b"v\xff\xfe"), "\x1b[2J", "*", "~"]
+@pytest.mark.parametrize("level", ["..", "."])
+def test_no_token_leads_out_of_the_base(base, host, level):
+    rules = [{"base": str(base), "name": "(?P<vm_id>v[a-z]+)"}]
+    path = os.path.normpath(base / level / "vabc")
+    os.mkdir(path)
+    one = {"kind": "jail", "name": "%s/%s/vabc" % (base, level), "vm_id": "vabc", "stop": False}
+    with safe_tree.Tree(os.path.dirname(path), ["vabc"]) as tree:
+        one["identity"] = tree.identity()
+    assert result(jail.remove(one, rules, host)) == r.FAILED
+    assert os.path.isdir(path)
+
+
+HOSTILE = [
+    "a b",
+    "a'b\"c",
+    "$(reboot)",
+    "`reboot`",
+    "{{ x }}",
+    "a\nb",
+    "-rf",
+    "\u202ea",
+    "x" * 255,
+    "a\\b",
+    "...",
+    os.fsdecode(b"v\xff\xfe"),
+    "\x1b[2J",
+    "*",
+    "~",
+]
 
 
 def test_hostile_names_of_jails_are_foreign(base, host):
@@ -514,9 +554,11 @@ def test_an_immutable_file_is_left_and_named(base, rules, host):
         subprocess.run(["chattr", "+i", str(path / "root" / "firecracker")], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("no immutable files here")
-    one = token(path, rules, host)
-    outcome = jail.remove(one, rules, host)
-    subprocess.run(["chattr", "-i", str(path / "root" / "firecracker")], check=True)
+    try:
+        one = token(path, rules, host)
+        outcome = jail.remove(one, rules, host)
+    finally:
+        subprocess.run(["chattr", "-i", str(path / "root" / "firecracker")], check=True)
     assert outcome["outcome"] == r.FAILED
     assert outcome["message"] == "firecracker: Operation not permitted, perhaps immutable or append-only: see lsattr"
     assert result(jail.remove(one, rules, host)) == r.REAPED
@@ -544,6 +586,7 @@ def test_a_tree_of_10000_levels_needs_few_descriptors_and_little_stack(base, rul
     finally:
         sys.setrecursionlimit(recursion)
         limits.setrlimit(limits.RLIMIT_NOFILE, (soft, hard))
+        subprocess.run(["rm", "-rf", str(path)], check=True)  # what is left of it no other rmtree can remove
     assert (outcome["outcome"], outcome["message"]) == (r.REAPED, "")
 
 
@@ -663,7 +706,9 @@ def test_the_deepest_mount_comes_first_however_the_table_is_sorted():
 
 
 def test_the_root_of_another_namespace_is_seen_through_our_mounts():
-    table = mounts.parse("1 0 8:1 / / rw - ext4 a rw\n2 1 8:2 /jails /srv rw - ext4 b rw\n3 1 8:1 /x /y rw - ext4 a rw\n")
+    table = mounts.parse(
+        "1 0 8:1 / / rw - ext4 a rw\n2 1 8:2 /jails /srv rw - ext4 b rw\n3 1 8:1 /x /y rw - ext4 a rw\n"
+    )
     here = mounts.by_device(table)
 
     def seen(device, root):

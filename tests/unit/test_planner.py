@@ -493,14 +493,16 @@ def test_row_30_a_kind_that_shows_all_it_has_needs_no_intent():
 
 
 def test_row_30_what_is_still_there_is_judged_anew():
-    result = plan(facts(thing("dm_thin", "v1"), ledger=with_intent()))
+    result = plan(facts(thing("dm_thin", "v1", identity="i"), ledger=with_intent()))
     assert (names(result), result["ledger"]["intents"]) == ([], [])
 
 
-def test_row_30_nothing_is_finished_for_a_vm_that_lives_now():
-    result = plan(facts(ledger=with_intent()), share(live=["v1"]))
-    assert (result["reap"], result["ledger"]["intents"]) == ([], [])
-    assert "left alone" in result["notices"][0]
+def test_row_30_an_intent_waits_while_another_object_has_its_name():
+    ledger = with_intent(identity="another volume")
+    first = plan(facts(thing("dm_thin", "v1"), ledger=ledger))
+    second = plan(facts(thing("dm_thin", "v1"), ledger=remembered(first, ledger), now=1060))
+    assert names(second) == ["v1.dm_thin"]
+    assert second["ledger"]["intents"] == ledger["intents"]
 
 
 @pytest.mark.parametrize(
@@ -509,6 +511,7 @@ def test_row_30_nothing_is_finished_for_a_vm_that_lives_now():
         ([], {}, {}, {"unavailable": ["dm_thin"]}),
         ([], {}, {}, {"unavailable": ["container"]}),
         ([], {}, {}, {"absent": ["dm_thin"]}),
+        ([], {"live": ["v1"]}, {}, {}),
         ([], {"proven": False}, {}, {}),
         ([], {}, {"keep": ["v1"]}, {}),
         ([thing("cgroup", "v1", age=1.0)], {}, {}, {}),
@@ -519,6 +522,14 @@ def test_row_30_nothing_is_finished_for_a_vm_that_lives_now():
 def test_row_30_an_intent_waits_where_the_rest_of_the_vm_would(things, changed_share, changed_policy, changed_facts):
     result = plan(facts(*things, ledger=with_intent(), **changed_facts), share(**changed_share), **changed_policy)
     assert (result["reap"], result["ledger"]["intents"]) == ([], [half_removed()])
+
+
+def test_row_30_two_of_the_same_name_are_finished_one_after_the_other():
+    ledger = with_intent()
+    ledger["intents"].append(half_removed() | {"identity": "an older one"})
+    result = plan(facts(ledger=ledger))
+    assert [token["identity"] for token in result["reap"]] == ["i"]
+    assert [token["identity"] for token in result["ledger"]["intents"]] == ["an older one"]
 
 
 def test_row_30_a_refused_host_keeps_its_intents():
@@ -710,7 +721,8 @@ def test_a_plan_is_a_fixed_point(host):
     first = plan(host_facts, seen, **rules)
     ledger = remembered(first, host_facts["ledger"])
     resumed = [token for token in first["reap"] if token.get("resume")]
-    again = plan(dict(host_facts, ledger=dict(ledger, intents=ledger["intents"] + resumed)), seen, **rules)
+    begun = [token for token in host_facts["ledger"]["intents"] if token["name"] in {one["name"] for one in resumed}]
+    again = plan(dict(host_facts, ledger=dict(ledger, intents=ledger["intents"] + begun)), seen, **rules)
     assert again["reap"] == first["reap"]
     assert again["ledger"]["strikes"] == ledger["strikes"]
 

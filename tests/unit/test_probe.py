@@ -168,8 +168,13 @@ def test_a_child_that_hangs_does_not_cost_another_its_answer(worker):
 def test_a_child_keeps_neither_the_lock_nor_the_output_of_the_module(worker, tmp_path):
     with open(tmp_path / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        child = worker(lambda item: {name: os.readlink("/proc/self/fd/" + name) for name in os.listdir("/proc/self/fd")
-                                     if os.path.exists("/proc/self/fd/" + name)})
+        child = worker(
+            lambda item: {
+                name: os.readlink("/proc/self/fd/" + name)
+                for name in os.listdir("/proc/self/fd")
+                if os.path.exists("/proc/self/fd/" + name)
+            }
+        )
         held = child.call(None, 5)
     assert str(tmp_path / "lock") not in held.values()
     assert [held[name] for name in "012"] == ["/dev/null"] * 3
@@ -226,7 +231,7 @@ def test_no_descriptor_leaks():
         child.close()
     shell("exit 3")
     with pytest.raises(DeadlineExceeded):
-        shell("sleep 60", 0.1)
+        shell("exec sleep 60", 0.1)
     with pytest.raises(OSError):
         probe.run(["/nonexistent"], {}, 1)
     assert descriptors() == before
@@ -252,7 +257,7 @@ def test_a_command_dies_of_a_broken_pipe_although_python_ignores_the_signal():
     assert shell("kill -PIPE $$; echo alive")[0] == -signal.SIGPIPE
 
 
-@pytest.mark.parametrize("script", ["sleep 60", "exec >&- 2>&-; sleep 60", "kill -STOP $$"])
+@pytest.mark.parametrize("script", ["exec sleep 60", "exec >&- 2>&-; exec sleep 60", "kill -STOP $$"])
 def test_a_command_that_does_not_end_is_abandoned(script):
     begin = time.monotonic()
     with pytest.raises(DeadlineExceeded, match="sh -c"):

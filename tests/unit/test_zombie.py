@@ -276,7 +276,15 @@ def test_a_process_whose_first_thread_has_ended_is_not_a_zombie():
 
 def test_hostile_pid_files(family, boxes, host, tmp_path):
     _parent, pids = family(12)
-    texts = ["%d %d" % (pids[0], pids[0]), "0x%x" % pids[1], "-%d" % pids[2], " " * 100 + str(pids[3]), "٣", ""]
+    texts = [
+        "%d %d" % (pids[0], pids[0]),
+        "0x%x" % pids[1],
+        "-%d" % pids[2],
+        " " * 100 + str(pids[3]),
+        "%d%s" % (pids[9], " " * 100),
+        "٣",
+        "",
+    ]
     for number, text in enumerate(texts):
         boxes("bad%d" % number, 0, text)
     (tmp_path / "elsewhere").write_text(str(pids[4]))
@@ -394,8 +402,8 @@ def test_a_process_is_aged_by_the_boot_clock():
 @pytest.mark.parametrize("python", ["3.9 and later", "3.8"])
 def test_a_signal_reaches_the_pinned_process_or_nobody(python, monkeypatch):
     if python == "3.8":
-        monkeypatch.delattr(os, "pidfd_open")
-        monkeypatch.delattr(signal, "pidfd_send_signal")
+        monkeypatch.delattr(os, "pidfd_open", raising=False)
+        monkeypatch.delattr(signal, "pidfd_send_signal", raising=False)
     pid = os.fork()
     if pid == 0:
         time.sleep(60)

@@ -106,7 +106,8 @@ def _is_there(cgroup):
 def _refusal(token, cgroup, rules, host):
     if _identity(host, os.fstat(cgroup.directory)) != token["identity"]:
         return r.outcome(token, r.IDENTITY_CHANGED, "another cgroup of the same name is there now")
-    holders = _holders(cgroup.path, cgroup.held, token["vm_id"], r.Names(KIND, rules), _own_pids())
+    below = _descendants(cgroup.held)
+    holders = _holders(cgroup.path, cgroup.held, below, token["vm_id"], r.Names(KIND, rules), _own_pids())
     if holders:
         return r.outcome(token, r.DEFERRED, "not the VM's alone", holders=holders)
     if not token.get("stop") and _populated(cgroup.held, cgroup.version):
@@ -156,12 +157,14 @@ def _describe(path, vm_id, version, host, everybody, ours):
     try:
         status = os.lstat(path)
         populated = _populated(path, version)
-        holders = _holders(path, path, vm_id, everybody, ours if populated else ())
+        # Most have no child, by the count of links, and are not listed for that; most runs are in none of them.
+        below = _descendants(path) if status.st_nlink > 2 else []
+        holders = _holders(path, path, below, vm_id, everybody, ours if populated else frozenset())
     except OSError as err:
         if err.errno in REMOVED:
             return None  # gone between the listing and the read
         raise
-    # No age: the kernel stamps a cgroup's inode when it is first looked at, which may be years after the cgroup was made.
+    # No age: the kernel stamps a cgroup's inode when it is first looked at, maybe years after the cgroup was made.
     return r.resource(
         KIND,
         path,
@@ -173,14 +176,14 @@ def _describe(path, vm_id, version, host, everybody, ours):
     )
 
 
-def _holders(path, held, vm_id, everybody, ours):
+def _holders(path, held, below, vm_id, everybody, ours):
     """Return what makes the cgroup not the VM's alone: systemd's, another VM's below it, the reaper's own."""
     found = []
     if path.endswith(SYSTEMD_SUFFIXES):
         found.append(r.holder("systemd_unit", os.path.basename(path)))
-    if ours and not ours.isdisjoint(_pids(held)):
+    if ours and not ours.isdisjoint(_pids_in(below + [held])):
         found.append(r.holder("reaper", path))
-    for child in _descendants(held):
+    for child in below:
         if everybody.match(os.path.basename(child))[0] not in (None, vm_id):
             found.append(r.holder("other_vm", path + child[len(held) :]))
     return found
@@ -192,16 +195,20 @@ def _identity(host, status):
 
 def _populated(path, version):
     if version == 2:
-        return "populated 1" in read_text(os.path.join(path, "cgroup.events"))
+        return "populated 1" in read_text(path + "/cgroup.events")
     return bool(_pids(path))
 
 
 def _pids(path):
     """Return the pids in the cgroup and in all below it, without those that are not seen from our pid namespace."""
+    return _pids_in(_descendants(path) + [path])
+
+
+def _pids_in(directories):
     found = []
-    for directory in _descendants(path) + [path]:
+    for directory in directories:
         try:
-            pids = read_text(os.path.join(directory, "cgroup.procs"), 1 << 24).split()
+            pids = read_text(directory + "/cgroup.procs", 1 << 24).split()
         except OSError as err:
             if err.errno not in REMOVED + (errno.EOPNOTSUPP,):  # the last one: threads, listed in a cgroup above
                 raise
@@ -300,7 +307,7 @@ def _locate(token, rules):
     parent, _slash, name = token["name"].rpartition("/")
     for mount, version in cgroup_mounts(mounts.read()):
         for root, names in _names(rules).items():
-            if parent == os.path.join(mount, root) and name not in (".", ".."):
+            if parent == os.path.join(mount, root):
                 return version if names.match(name)[0] == token["vm_id"] else None
     return None
 

@@ -36,6 +36,7 @@ BUSY_PAUSE = 0.2
 # Volumes that other managers keep account of, by the beginning of their own or their pool's uuid.
 MANAGERS = (("LVM-", "lvm"), ("stratis-", "stratis"))
 TAG = "microvm-reaper-"
+FAILED_POOL = ["Fail"]
 
 Volume = collections.namedtuple("Volume", "device pool thin_id sectors")
 
@@ -104,7 +105,13 @@ def remove(token, rules, host):
 
 
 def _volume(device, table, pool_of):
-    """Return the Volume of a device and its table, None when its pool is gone or the table is not understood."""
+    """Return the Volume of a device and its table, None when its pool is gone or the table is not understood.
+
+    In a failed pool no volume says which thin id it has.
+    """
+    if table.words == FAILED_POOL:
+        pool = next((pool for pool in map(pool_of, dm.built_on(device.number)) if pool), None)
+        return Volume(device, pool, None, table.sectors) if pool else None
     if len(table.words) < 2 or not re.fullmatch(r"\d+:\d+", table.words[0]) or not table.words[1].isdigit():
         return None
     pool = pool_of(table.words[0])
@@ -120,16 +127,16 @@ def _vm_id(names, name, pool):
 def _describe(volume, vm_id, status, trouble, host):
     device, pool = volume.device, volume.pool
     identity = _identity(volume, host)
-    if identity is None or dm.attribute(device.number, "dm/name") != device.name:
-        return None  # removed, or replaced by another one, since it was listed
-    on_it = dm.devices_on(device.number)
+    if identity is None:
+        return None  # removed since it was listed
+    on_it = dm.devices_on(device.number) if device.open else []
     words = status.words if status else []
     return r.resource(
         KIND,
         device.name,
         vm_id,
         identity,
-        in_use=device.open > 0 or bool(on_it),
+        in_use=device.open > 0,
         holders=on_it + _holders(device, pool, trouble),
         age_seconds=_age(device.number),
         bytes_used=int(words[0]) * dm.SECTOR if words and words[0].isdigit() else None,
@@ -161,7 +168,7 @@ def _holders(device, pool, trouble):
 
 def _identity(volume, host):
     incarnation = dm.incarnation(volume.device.number)
-    return incarnation and "%s:%s:%s:%d" % (
+    return incarnation and "%s:%s:%s:%s" % (
         host.boot_id,
         incarnation,
         thin_pool.identity(volume.pool),
@@ -175,7 +182,7 @@ def _age(number):
         status = os.stat("/dev/dm-%s" % number.partition(":")[2])
     except OSError:
         return None
-    if not stat.S_ISBLK(status.st_mode) or "%d:%d" % (os.major(status.st_rdev), os.minor(status.st_rdev)) != number:
+    if not stat.S_ISBLK(status.st_mode) or dm.as_number(status.st_rdev) != number:
         return None
     age = time.time() - status.st_ctime
     return round(age, 1) if age >= 0 else None
@@ -191,12 +198,15 @@ def _removable(token, rules, host):
         return r.outcome(token, r.DEFERRED, "suspended", holders=[r.holder("suspended", token["name"])]), None
     device = dm.device(host, number)
     table = dm.table(host, number, "thin")
+    if table and table.words == FAILED_POOL:
+        failed = r.holder("pool", "%s: Fail" % token["details"]["pool"])
+        return r.outcome(token, r.DEFERRED, "its pool has failed", holders=[failed]), None
     volume = _volume(device, table, thin_pool.pool) if device and table and device.segments == 1 else None
     if volume is None or device.name != token["name"] or _identity(volume, host) != token["identity"]:
         return _gone_or_another(token, host), None
     if _vm_id(r.Names(KIND, rules), device.name, volume.pool) != token["vm_id"]:
         return r.outcome(token, r.FAILED, "no rule says that it belongs to this VM"), None
-    if device.open or dm.devices_on(number):
+    if device.open:
         return _busy(token), None
     holders = _holders(device, volume.pool, thin_pool.read_health(volume.pool, host).trouble)
     if holders:

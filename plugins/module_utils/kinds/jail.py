@@ -21,9 +21,10 @@ from ..probe import Absent, boottime
 KIND = "jail"
 STOPS = False
 DEPENDS_ON = ("cgroup",)
+DEFAULT_EXEC = "[^/]+"
 RULE = {
     "base": {"type": "str", "required": True},
-    "exec": {"type": "str", "default": "[^/]+"},
+    "exec": {"type": "str", "default": DEFAULT_EXEC},
     "name": {"type": "str", "required": True},
 }
 
@@ -173,7 +174,7 @@ def _names(rules, above):
 
 
 def _exec(rule):
-    return RULE["exec"]["default"] if rule.get("exec") is None else rule["exec"]
+    return DEFAULT_EXEC if rule.get("exec") is None else rule["exec"]
 
 
 def _directories(path):

@@ -41,9 +41,8 @@ def collect(rules, host):
     claims = [_Claim(rule) for rule in rules]
     found, foreign, parents = [], 0, {}
     ours = _OwnTree()
-    for pid in processes.pids():
-        process = processes.stat(pid)
-        if process is None or not _is_zombie(process) or process.parent in ours:
+    for process in processes.in_state("Z"):
+        if not _is_zombie(process) or process.parent in ours:
             continue
         vm_id = _attributed(process, claims)
         if vm_id is None:
@@ -126,7 +125,7 @@ class _Claim:
     def _by_pid_file(self, process):
         """Return the VM whose pid file names this process: a pid file older than the process means another one."""
         if self._registered is None:
-            self._registered = _registered(*self._pid_files)
+            self._registered = _registered(self._pid_files)
         started = time.time() - processes.age_seconds(process)
         named = {vm_id for vm_id, written in self._registered[process.pid] if written >= started - PID_FILE_SLACK}
         return named.pop() if len(named) == 1 else None
@@ -246,8 +245,9 @@ def _split_glob(pattern):
     )
 
 
-def _registered(directory, pattern, below):
+def _registered(pid_files):
     """Return ``{pid: [(vm_id, time of writing)]}`` by the pid files, which a tenant may have planted."""
+    directory, pattern, below = pid_files
     found = collections.defaultdict(list)
     try:
         names = os.listdir(directory)

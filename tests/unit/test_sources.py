@@ -1,0 +1,155 @@
+# Copyright: The microvm.reaper authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""Where the list of live VMs comes from: options, and files in any state."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from ansible_collections.microvm.reaper.plugins.plugin_utils import manifest, sources
+from unit.builders import document
+
+NOW = 1_800_000_010.0
+
+
+def context(directory="/"):
+    return {"realm": "prod", "now": NOW, "directory": str(directory), "inventory": None}
+
+
+def fetch(*wanted, directory="/"):
+    return sources.fetch(
+        list(wanted), context(directory), max_age=600, terminal_states=manifest.TERMINAL_STATES
+    )
+
+
+def refusal(*wanted):
+    with pytest.raises(manifest.ManifestError) as caught:
+        fetch(*wanted)
+    return caught.value.code, str(caught.value)
+
+
+def of(path, **others):
+    return dict({"type": "file", "path": str(path)}, **others)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def writer(content, name="live.yml"):
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        return of(tmp_path / name)
+
+    return writer
+
+
+def test_yaml_and_json(write, tmp_path):
+    text = """
+realm: prod
+generated_at: 2027-01-15T08:00:00Z
+complete: true
+vms:
+  - vm_id: v1
+    host: h1
+"""
+    for content in (text, json.dumps(document()), "\n  " + json.dumps(document())):
+        assert fetch(write(content))["vms"] == [("v1", ["h1"])]
+    assert fetch(of("live.yml"), directory=tmp_path)["source"] == "file live.yml"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[]",
+        b"\x00",
+        b"\xff\xfe\x00",
+        "realm: caf\xe9".encode("latin-1"),
+        json.dumps(document()).encode("utf-16"),
+        json.dumps(document())[:-20].encode(),
+        b"{'realm': ",
+        b"a: b: c",
+        b"\t- x",
+        b"{" * 100000,
+        b'{"a":' * 100000,
+        b"[" * 5000,
+        b"- " * 5000,
+        b"!!timestamp abc",
+        b"!!bool abc",
+        b"!!int ''",
+        b"!!float abc",
+        b"!!binary '*'",
+        b"!!python/object/apply:os.system [id]",
+        b"2027-99-99",
+        b"? {a: b}\n: c",
+        b"*unknown",
+        b"a: &a [*a]",
+        b"generated_at: " + b"9" * 5000,
+    ],
+)
+def test_row_02_a_file_in_any_state_is_believed_or_refused(write, content):
+    code, said = refusal(write(content))
+    assert code in ("unreadable", "not_a_manifest")
+    assert "live.yml" in said
+    assert "\n" not in said
+
+
+def test_a_bomb_of_references_costs_nothing(write):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += ["a%d: &a%d [%s]" % (n, n, ", ".join(["*a%d" % (n - 1)] * 9)) for n in range(1, 30)]
+    assert refusal(write("\n".join(lines)))[0] == "not_a_manifest"
+
+
+def test_what_is_no_file(tmp_path):
+    code, said = refusal(of(tmp_path / "nothing"))
+    assert (code, "No such file" in said) == ("unreadable", True)
+    code, said = refusal(of(tmp_path))
+    assert (code, "directory" in said) == ("unreadable", True)
+
+
+def test_a_file_that_is_too_large(write, monkeypatch):
+    monkeypatch.setattr(sources.importlib.import_module(sources.__name__ + ".file"), "MAX_BYTES", 20)
+    assert "larger than 20 bytes" in refusal(write(json.dumps(document())))[1]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        ([], "reap_live_sources is empty"),
+        (["file"], r"reap_live_sources\[0\]: 'type' must be one of .*file.*, not None"),
+        ([{}], r"reap_live_sources\[0\]: 'type'"),
+        ([{"type": ["file"]}], r"reap_live_sources\[0\]: 'type'"),
+        ([{"type": "fil"}], "'type' must be one of .*not 'fil'"),
+        ([{"type": "__init__"}], "'type' must be one of"),
+        ([of("x"), {"type": "file"}], r"reap_live_sources\[1\] \(file\): .*path"),
+        ([of("x", pth="y")], r"reap_live_sources\[0\] \(file\): .*pth"),
+        ([of("x", required="perhaps")], r"reap_live_sources\[0\] \(file\): .*required"),
+    ],
+)
+def test_options_that_are_wrong_are_named(wanted, said):
+    with pytest.raises(manifest.ManifestError, match=said):
+        sources.configured(wanted)
+
+
+def test_every_source_keeps_the_contract():
+    assert "file" in sources.types() and "inventory" in sources.types()
+    for name in sources.types():
+        module = sources.importlib.import_module("%s.%s" % (sources.__name__, name))
+        assert callable(module.describe) and callable(module.fetch)
+        assert not {"type", "required"} & set(module.OPTIONS)
+
+
+def test_a_source_that_fails_stops_all_unless_it_is_optional(write, tmp_path):
+    good, missing = write(json.dumps(document())), of(tmp_path / "nothing", required=False)
+    both = fetch(good, missing)
+    assert both["count"] == 1
+    assert [skipped.split(":")[0] for skipped in both["skipped"]] == ["unreadable"]
+    assert refusal(good, of(tmp_path / "nothing"))[0] == "unreadable"
+    assert refusal(missing)[0] == "no_source"
+
+
+def test_the_union_of_two_files(write):
+    one = write(json.dumps(document([("v1", "h1")], hosts=["h1"], epoch=4)), "a.json")
+    other = write(json.dumps(document([("v2", "h2")], hosts=["h2"])), "b.json")
+    both = fetch(one, other)
+    assert (both["count"], both["hosts"]) == (2, ["h1", "h2"])
+    assert list(both["epochs"].values()) == [4]
