@@ -11,7 +11,6 @@ from __future__ import annotations
 import socket
 import struct
 import time
-from urllib.parse import unquote_to_bytes
 
 from . import hpack
 from .probe import DeadlineExceeded, ProbeError
@@ -203,6 +202,8 @@ class Connection:
         if answer.get(":status") != "200" or status not in CODE_NAMES:
             raise self._error("not an answer of gRPC (HTTP status %.20r)" % answer.get(":status"))
         if status != OK:
+            from urllib.parse import unquote_to_bytes  # seldom needed, and slow to load
+
             code = CODE_NAMES[status]
             text = unquote_to_bytes(answer.get("grpc-message", "")).decode("utf-8", "replace")
             kind = {"NOT_FOUND": NotFound, "FAILED_PRECONDITION": FailedPrecondition}.get(code, CallError)

@@ -25,7 +25,7 @@ from hosts.fleet import BIN, ROOT, Fleet, Sweep
 
 pytestmark = [
     pytest.mark.hosts,
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(120),
     pytest.mark.skipif(os.geteuid() != 0, reason="test hosts need root"),
 ]
 
@@ -157,51 +157,52 @@ UNBELIEVABLE = {
 }
 
 
+@pytest.fixture(scope="class")
+def once_struck(pair: Fleet) -> Fleet:
+    """Hosts that have seen their orphans once, and a list of 24 VMs."""
+    pair.plant(FEW)
+    write(pair, long_list(pair))
+    assert sweep(pair).code == 0
+    return pair
+
+
+def long_list(fleet: Fleet) -> dict:
+    document = listed(fleet)
+    document["vms"] += [{"vm_id": f"more-{number}", "host": "one"} for number in range(20)]
+    return dict(document, count=len(document["vms"]))
+
+
+def write(fleet: Fleet, document: dict, part: int = 1) -> None:
+    text = json.dumps(document)
+    (fleet.state / "live.json").write_text(text[: len(text) // part])
+
+
 class TestAListThatCannotBeBelieved:
-    @pytest.fixture(scope="class")
-    def fleet(self, pair: Fleet) -> Fleet:
-        """Hosts that have seen their orphans once, and a list of 24 VMs."""
-        pair.plant(FEW)
-        self.write(pair, self.good(pair))
-        assert sweep(pair).code == 0
-        return pair
-
-    @staticmethod
-    def good(fleet: Fleet) -> dict:
-        document = listed(fleet)
-        document["vms"] += [{"vm_id": f"more-{number}", "host": "one"} for number in range(20)]
-        return dict(document, count=len(document["vms"]))
-
-    @staticmethod
-    def write(fleet: Fleet, document: dict, part: int = 1) -> None:
-        text = json.dumps(document)
-        (fleet.state / "live.json").write_text(text[: len(text) // part])
-
     @pytest.mark.parametrize(("change", "words"), UNBELIEVABLE.values(), ids=UNBELIEVABLE)
-    def test_stops_the_sweep_and_leaves_every_strike_as_it_was(self, fleet: Fleet, change, words: list[str]) -> None:
-        document, before = self.good(fleet), ledgers(fleet)
+    def test_stops_the_sweep_and_leaves_every_strike_as_it_was(self, once_struck: Fleet, change, words: list) -> None:
+        document, before = long_list(once_struck), ledgers(once_struck)
         if change:
             change(document)
-        self.write(fleet, document, part=1 if change else 2)
-        done = sweep(fleet)
+        write(once_struck, document, part=1 if change else 2)
+        done = sweep(once_struck)
         assert done.code == 2
-        assert [word for word in ["STOPPED", "nothing was removed on any host", *words] if word not in done.output] == []
-        assert ledgers(fleet) == before and strikes(fleet, "one") == {1}
-        assert fleet.check("there") == []
+        expected = ["STOPPED", "nothing was removed on any host", *words]
+        assert [word for word in expected if word not in done.output] == []
+        assert ledgers(once_struck) == before and strikes(once_struck, "one") == {1}
+        assert once_struck.check("there") == []
 
-    def test_without_one_of_the_hosts_it_is_refused_for_that_host(self, fleet: Fleet) -> None:
+    def test_without_one_of_the_hosts_it_is_refused_for_that_host(self, once_struck: Fleet) -> None:
         """Row 5: the list does not name the host. The others go on, and the strikes outlived all that was refused."""
-        document, before = self.good(fleet), fleet.ledger("one")
-        document["vms"] = [vm for vm in document["vms"] if vm["host"] != "one" or vm["vm_id"].startswith("more")]
-        self.write(fleet, dict(document, count=len(document["vms"]), hosts=["two", "elsewhere"]) | {
-            "vms": [dict(vm, host="elsewhere") if vm["host"] == "one" else vm for vm in document["vms"]]
-        })
-        done = sweep(fleet)
+        document, before = long_list(once_struck), once_struck.ledger("one")
+        vms = [dict(vm, host="three") if vm["host"] == "one" else vm for vm in document["vms"]]
+        write(once_struck, dict(document, hosts=["two", "three"], vms=vms))
+        done = sweep(once_struck)
         assert done.code == 2 and "one: refused (host_unknown)" in done.output
-        assert fleet.ledger("one") == before and len(fleet.left("one")) == 5 and fleet.left("two") == []
-        self.write(fleet, self.good(fleet))
-        assert sweep(fleet).code == 0
-        assert fleet.check("gone") == []
+        assert once_struck.ledger("one") == before
+        assert len(once_struck.left("one")) == 5 and once_struck.left("two") == []
+        write(once_struck, long_list(once_struck))
+        assert sweep(once_struck).code == 0
+        assert once_struck.check("gone") == []
 
 
 def test_an_empty_list_is_fine_where_there_is_nothing_to_decide_about(pair: Fleet) -> None:
@@ -514,24 +515,25 @@ FACTS = {
     "jail_facts": {"rules": [{"base": "/srv/jailer", "name": "(?P<vm_id>v[a-z2-7]+)"}]},
     "zombie_facts": {"rules": [{"command": "firecracker", "cgroup_name": "(?P<vm_id>v[a-z2-7]+)"}]},
     "containerd_facts": {
-        "container_rules": [{"namespace": "{{ test_containerd_namespace }}", "name": "(?P<vm_id>obuilder-run-[0-9]+)"}],
-        "snapshot_rules": [{"namespace": "{{ test_containerd_namespace }}", "name": "(?P<vm_id>obuilder-run-[0-9]+)"}],
+        "containers": [{"namespace": "{{ test_containerd_namespace }}", "name": "(?P<vm_id>obuilder-run-[0-9]+)"}],
+        "snapshots": [{"namespace": "{{ test_containerd_namespace }}", "name": "(?P<vm_id>obuilder-run-[0-9]+)"}],
     },
     "dm_thin_facts": {"rules": [{"name": "hyper-rw-(?P<vm_id>v[a-z2-7]+)"}]},
 }
 
 
-class TestFactModules:
-    @pytest.fixture(scope="class")
-    def fleet(self, kernel: Fleet) -> Fleet:
-        kernel.plant(BUILDS)
-        return kernel
+@pytest.fixture(scope="class")
+def planted_kernel(kernel: Fleet) -> Fleet:
+    kernel.plant(BUILDS)
+    return kernel
 
+
+class TestFactModules:
     @pytest.mark.parametrize("module", FACTS)
-    def test_return_what_they_document_in_check_mode_too(self, fleet: Fleet, module: str) -> None:
+    def test_return_what_they_document_in_check_mode_too(self, planted_kernel: Fleet, module: str) -> None:
         documented = re.search(r'RETURN = r"""(.*?)"""', (ROOT / f"plugins/modules/{module}.py").read_text(), re.DOTALL)
         contains = yaml.safe_load(documented[1])["ansible_facts"]["contains"]
-        argv = [BIN / "ansible", "kern", "-i", fleet.state / "inventory.yml", "-m", f"microvm.reaper.{module}"]
+        argv = [BIN / "ansible", "kern", "-i", planted_kernel.state / "inventory.yml", "-m", f"microvm.reaper.{module}"]
         env = dict(os.environ, ANSIBLE_CALLBACK_RESULT_FORMAT="json", ANSIBLE_CONFIG=str(ROOT / "ansible.cfg"))
         argv += ["-a", json.dumps(FACTS[module]), "--check"]
         done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, env=env, timeout=60)

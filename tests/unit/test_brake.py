@@ -39,4 +39,4 @@ def test_row_05_clones():
     abort, refused = brake({"h1": plan(machine_id="a"), "h2": plan(machine_id="b"), "h3": plan(machine_id="a")})
     assert abort is None
     assert {host: one["code"] for host, one in refused.items()} == dict.fromkeys(("h1", "h3"), "cloned_machine_id")
-    assert "h1, h3" in refused["h1"]["message"]
+    assert "h1 and h3" in refused["h1"]["message"]

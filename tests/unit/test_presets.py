@@ -47,7 +47,7 @@ def test_the_presets_that_are_documented():
         ("hyper", "dm_thin", "hyper-thinpool_tdata", None),
         ("hyper", "dm_thin", "cryptroot", None),
         ("hyper", "dm_thin", "vg0-root", None),
-        ("firecracker-jailer", "cgroup", "551e7604-e35c-42b3-b825-416853441234", "551e7604-e35c-42b3-b825-416853441234"),
+        ("firecracker-jailer", "cgroup", "551e7604-e35c", "551e7604-e35c"),
         ("firecracker-jailer", "cgroup", "system.slice", None),
         ("firecracker-jailer", "jail", "a" * 64, "a" * 64),
         ("firecracker-jailer", "jail", "a" * 65, None),

@@ -41,7 +41,7 @@ def collect(rules, host):
     claims = [_Claim(rule) for rule in rules]
     found, foreign, parents = [], 0, {}
     ours = _OwnTree()
-    for process in processes.in_state("Z"):
+    for process in processes.ended():
         if not _is_zombie(process) or process.parent in ours:
             continue
         vm_id = _attributed(process, claims)

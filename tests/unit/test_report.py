@@ -1,0 +1,165 @@
+# Copyright: The microvm.reaper authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""What a person reads."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from ansible_collections.microvm.reaper.plugins.module_utils import resource as r
+from ansible_collections.microvm.reaper.plugins.plugin_utils import report
+from unit.builders import facts, outcomes, plan, share, sweep_twice, thing
+
+MANIFEST = {"source": "file live.yml", "epoch": 7, "count": 12, "generated_at": 1_800_000_000.0, "index": "/tmp/x"}
+
+
+def host(planned=None, **changes):
+    full = dict.fromkeys(("busy", "error", "refused"))
+    return dict(full, **dict({"plan": planned, "outcomes": [], "absent": {}, "unavailable": {}}, **changes))
+
+
+def text(hosts, **how):
+    return report.text("prod", how.pop("manifest", MANIFEST), hosts, **how)
+
+
+def lines(hosts, **how):
+    return text(hosts, **how).splitlines()
+
+
+def test_a_quiet_sweep():
+    quiet = plan(facts(thing("cgroup", "v1"), absent=["dm_thin"]), share(live=["v1"]))
+    assert text({"h1": host(quiet, absent={"dm_thin": "the kernel has no device-mapper"})}) == (
+        "microvm.reaper: realm prod, 1 host, 12 VMs live by file live.yml: nothing to reap\n"
+        "h1: looked at cgroup, container, jail, snapshot, zombie; not on this host: dm_thin (the kernel has no"
+        " device-mapper)"
+    )
+
+
+def test_a_busy_sweep():
+    held = thing("jail", "v3", holders=[r.holder("process", "77 (sh)")])
+    first = sweep_twice(thing("cgroup", "v1"), thing("jail", "v2"), held)
+    done = outcomes(first["reap"])
+    done[0].update(outcome="failed", message="No space left on device")
+    done[1].update(bytes=3 * 1024 * 1024)
+    young = plan(facts(thing("cgroup", "v9"), unavailable=["container"]))
+    hosts = {"h1": host(first, outcomes=done), "h2": host(young, unavailable={"container": "no answer"})}
+    assert text(hosts) == "\n".join([
+        "microvm.reaper: realm prod, 2 hosts, 12 VMs live by file live.yml: 1 reaped, 3.0 MiB given back, 1 suspected,"
+        " 1 held, 1 failed",
+        "HOST  KIND    LIVE  SUSPECTED  CONFIRMED  REAPED  HELD  FAILED  GIVEN BACK",
+        "h1    cgroup     0          0          1       1     0       0     3.0 MiB",
+        "h1    jail       0          0          1       0     1       1           -",
+        "h2    cgroup     0          1          0       0     0       0           -",
+        "h1: jail held (process): v3: held by process 77 (sh)",
+        "h1: jail v2.jail FAILED: No space left on device",
+        "h1: looked at cgroup, container, dm_thin, jail, snapshot, zombie",
+        "h2: looked at cgroup, dm_thin, jail, snapshot, zombie; COULD NOT READ container (no answer)",
+    ])
+
+
+def test_check_mode_says_so():
+    result = sweep_twice(thing("cgroup", "v1"))
+    told = text({"h1": host(result, outcomes=outcomes(result["reap"], r.WOULD_REAP))}, check_mode=True)
+    assert "1 would be reaped" in told.splitlines()[0] and "nothing was changed" in told.splitlines()[0]
+
+
+def test_a_batch_that_was_stopped():
+    result = sweep_twice(thing("cgroup", "v1"), host_share=share(count=0))
+    hosts = {"h1": host(result, refused=result["refused"]), "h2": host(plan(facts()))}
+    told = lines(hosts, abort={"code": "blind", "message": "h1: no VM at all"}, manifest=None)
+    assert told[0].endswith("2 hosts, no list of live VMs: nothing was removed on any host")
+    assert told[1] == "STOPPED (blind): h1: no VM at all"
+
+
+def test_a_host_that_did_not_answer_is_told():
+    told = lines({"h1": host(error="unreachable"), "h2": host(busy="another reaper works on this host")})
+    assert "h1: unreachable" in told
+    assert "h2: busy: another reaper works on this host" in told
+
+
+def test_hosts_with_the_same_answer_share_a_line():
+    told = lines({"h%d" % number: host(plan(facts())) for number in range(1, 6)})
+    assert len(told) == 2
+
+
+def test_a_thousand_lines_are_cut():
+    result = sweep_twice(*[thing("cgroup", "v%d" % number) for number in range(100)], max_per_host=1000)
+    told = lines({"h1": host(result, outcomes=outcomes(result["reap"], r.FAILED))})
+    assert len(told) < 60
+    assert any("60 more lines; reap_report_path has them all" in line for line in told)
+
+
+HOSTILE = [
+    "\x1b[2J\x1b[31mreaped",
+    "a\nmicrovm.reaper: nothing to reap",
+    "a\r",
+    "a\x07\x00\x7f\x9b",
+    "a\u202eb\u2028c",
+    "\ud800\udcff",
+    "%s%n%(x)s {{ 7*7 }} $(id) `id`",
+    "x" * 5000,
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_row_36_nothing_that_a_terminal_obeys_is_printed(name):
+    held = thing("jail", "v2", holders=[r.holder("process", name)])
+    result = sweep_twice(thing("cgroup", "v1", name=name), held)
+    done = [
+        dict(outcomes(result["reap"])[0], outcome="failed", message=name, holders=[r.holder(name, name)]),
+        dict(outcomes(result["reap"])[0], outcome="deferred", message=name, holders=[r.holder(name, name)]),
+    ]
+    bad = host(result, outcomes=done, error=name, busy=name, refused={"code": name, "message": name})
+    told = text({"h1": dict(bad, absent={"dm_thin": name}, unavailable={"zombie": name})})
+    assert all(line.isprintable() and len(line) < 1100 for line in told.split("\n"))
+    told.encode("utf-8")
+    shape = text({"h1": dict(bad, absent={"dm_thin": name}, unavailable={"zombie": name})}).count("\n")
+    assert shape == text({"h1": dict(bad, absent={"dm_thin": "a"}, unavailable={"zombie": "a"})}).count("\n")
+    json.dumps(report.as_json("prod", MANIFEST, {"h1": bad}))
+
+
+GOOD = r.outcome({"kind": "cgroup", "name": "n", "vm_id": "v1"}, r.REAPED, bytes_given_back=1024)
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        None,
+        "x",
+        5,
+        {},
+        dict(GOOD, bytes="many"),
+        dict(GOOD, holders=None),
+        dict(GOOD, holders=["x"]),
+        dict(GOOD, holders=[{"type": "process"}]),
+        dict(GOOD, kind=[]),
+        dict(GOOD, message=None),
+    ],
+)
+def test_a_host_that_returns_anything_does_not_spoil_the_report_of_the_others(junk):
+    result = sweep_twice(thing("cgroup", "v1"))
+    hosts = {"h1": host(result, outcomes=[GOOD, junk]), "h2": host(result, outcomes=[GOOD])}
+    told = text(hosts)
+    assert "2 reaped, 2.0 KiB given back" in told
+    assert "h1: it returned 1 outcomes that are none" in told
+    document = report.as_json("prod", MANIFEST, dict(hosts, h3=host(result, outcomes=junk)))
+    assert document["hosts"]["h1"]["outcomes"] == [GOOD]
+    json.dumps(document)
+
+
+def test_the_same_for_machines():
+    result = sweep_twice(thing("cgroup", "v1"))
+    document = report.as_json("prod", MANIFEST, {"h1": host(result, outcomes=outcomes(result["reap"]))})
+    assert document["manifest"] == {key: MANIFEST[key] for key in ("source", "epoch", "count", "generated_at")}
+    assert document["kinds"]["h1"]["cgroup"]["reaped"] == 1
+    assert document["hosts"]["h1"]["vms"]["confirmed"] == 1
+    assert document["stopped"] is None
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [(0, "-"), (None, "-"), (1, "1 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (2**40, "1.0 TiB"), (2**52, "4096.0 TiB")],
+)
+def test_bytes_for_people(count, said):
+    assert report.human_bytes(count) == said
