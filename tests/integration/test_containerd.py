@@ -198,7 +198,7 @@ def test_stop_and_remove(reaper):
     assert not set(names) & set(reaper.tasks())
 
 
-def test_a_container_created_again(reaper):
+def test_row_26_a_container_created_again(reaper):
     rules = reaper.rule("(?P<vm_id>again)")
     create = "containers create %s again" % reaper.image
     reaper.ctr(create)
@@ -209,7 +209,7 @@ def test_a_container_created_again(reaper):
     assert "again" in reaper.ctr("containers ls -q").split()
 
 
-def test_what_holds_a_snapshot(reaper):
+def test_row_25_what_holds_a_snapshot(reaper):
     rules = reaper.rule("(?P<vm_id>hold-[a-z]+)", pinned=True)
     full = "%s/overlayfs/" % reaper.namespace
     for key in ("hold-active", "hold-lease", "hold-mount", "hold-free"):
@@ -265,7 +265,7 @@ def test_a_namespace_or_snapshotter_that_is_not_there(reaper):
     assert answer["error"] == "CallError" and "nosuch" in answer["text"]
 
 
-def test_hostile_keys(reaper):
+def test_row_36_hostile_keys(reaper):
     keys = ['q"u\\o`te', "$(touch x) {{ y }}", "new\nline", "-dash", "é", "a/b/../c", "k" * 3000]
     namespace = "hostile"
     for key in keys:
@@ -311,7 +311,7 @@ def test_a_hundred_of_each(reaper):
 # --- last: what breaks the daemon
 
 
-def test_a_daemon_that_hangs_or_is_gone(reaper):
+def test_row_27_a_daemon_that_hangs_or_is_gone(reaper):
     rules = reaper.rule("(?P<vm_id>.*)")
     pid = reaper.shell("pidof containerd").strip()
     reaper.shell("kill -STOP %s" % pid)

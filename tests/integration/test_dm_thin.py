@@ -218,7 +218,7 @@ def test_gives_the_blocks_back_and_touches_nothing_else(reaper, pool):
 HOSTILE = ["hyper-rw-v a\"b'\\c", "hyper-rw-v\nline", "hyper-rw-v$(touch x){{ 7*7 }}", "hyper-rw-v\u00e9\u2603", "-rf"]
 
 
-def test_hostile_names_are_data(reaper, pool):
+def test_row_36_hostile_names_are_data(reaper, pool):
     pool.volume("hyper-rw-vdead", 1, mib=1)
     for number, name in enumerate(HOSTILE):
         pool.volume(name, 10 + number)
@@ -260,7 +260,7 @@ UNUSE = "kill $(cat /run/user); rm /run/user; umount /mnt; dmsetup remove on-it;
         ("mkswap /dev/mapper/hyper-rw-vdead; swapon /dev/mapper/hyper-rw-vdead", "swap", "/dev/"),
     ],
 )
-def test_a_busy_one_stays_and_its_user_is_named(reaper, pool, use, kind, named):
+def test_row_20_21_a_busy_one_stays_and_its_user_is_named(reaper, pool, use, kind, named):
     pool.volume("hyper-rw-vdead", 1, mib=1)
     tokens = reaper.tokens("hyper-rw-vdead")
     reaper.shell(use)
@@ -283,7 +283,7 @@ AGAIN = "dmsetup remove hyper-rw-vdead; dmsetup create hyper-rw-vdead --table '0
 
 
 @pytest.mark.parametrize("moment", ["", "info", "--setuuid", "remove --manglename"])
-def test_the_same_name_and_id_again_is_another_object(reaper, pool, moment):
+def test_row_19_the_same_name_and_id_again_is_another_object(reaper, pool, moment):
     pool.volume("hyper-rw-vdead", 1, mib=2)
     tokens = reaper.tokens("hyper-rw-vdead")
     if moment:
@@ -307,7 +307,7 @@ def test_activated_again_between_remove_and_delete(reaper, pool):
     assert reaper.used(pool.name) == 2 * MIB
 
 
-def test_a_suspended_one_is_not_touched_and_nothing_hangs(reaper, pool):
+def test_row_22_a_suspended_one_is_not_touched_and_nothing_hangs(reaper, pool):
     pool.volume("hyper-rw-vdead", 1, mib=1)
     tokens = reaper.tokens("hyper-rw-vdead")
     reaper.shell("dmsetup suspend hyper-rw-vdead")
@@ -328,7 +328,7 @@ dd if=/dev/zero of=/dev/mapper/hyper-rw-vbad bs=1M count=1 oflag=direct
 """
 
 
-def test_a_hang_ends_at_the_deadline_and_the_next_one_finishes(reaper, pool):
+def test_row_22_a_hang_ends_at_the_deadline_and_the_next_one_finishes(reaper, pool):
     reaper.shell(BAD)
     tokens = reaper.prepared("hyper-rw-vbad")
     suspend = {"command": "delete", "shell": "dmsetup suspend badmeta"}
@@ -341,7 +341,7 @@ def test_a_hang_ends_at_the_deadline_and_the_next_one_finishes(reaper, pool):
     assert reaper.used("bad") == 0
 
 
-def test_no_deletes_in_a_failed_pool(reaper, pool):
+def test_row_23_no_deletes_in_a_failed_pool(reaper, pool):
     reaper.shell(BAD)
     tokens = reaper.tokens("hyper-rw-vbad")
     fail = "dmsetup load badmeta --table '0 16384 error'; dmsetup suspend badmeta; dmsetup resume badmeta; "
@@ -353,7 +353,7 @@ def test_no_deletes_in_a_failed_pool(reaper, pool):
     assert "hyper-rw-vbad" in reaper.names()
 
 
-def test_no_deletes_in_a_read_only_pool(reaper, pool):
+def test_row_23_no_deletes_in_a_read_only_pool(reaper, pool):
     pool.volume("hyper-rw-vdead", 1, mib=1)
     tokens = reaper.tokens("hyper-rw-vdead")
     load = (
@@ -380,7 +380,7 @@ def test_a_pool_out_of_space_is_saved_by_the_delete(reaper, pool):
     assert (reaper.status("full")[7], reaper.used("full")) == ("rw", 6 * MIB)
 
 
-def test_a_metadata_snapshot_of_somebody_else_is_respected(reaper, pool):
+def test_row_24_a_metadata_snapshot_of_somebody_else_is_respected(reaper, pool):
     pool.volume("hyper-rw-vdead", 1, mib=1)
     tokens = reaper.tokens("hyper-rw-vdead")
     pool.message("reserve_metadata_snap")
@@ -403,7 +403,7 @@ def test_a_metadata_snapshot_that_a_killed_reaper_left_is_known_as_ours(reaper, 
     assert reaper.status(pool.name)[6] == "-"
 
 
-def test_killed_between_remove_and_delete(reaper, pool):
+def test_row_30_killed_between_remove_and_delete(reaper, pool):
     pool.volume("hyper-rw-vdead", 1, mib=3)
     tokens = reaper.killed_before_delete("hyper-rw-vdead")
     assert reaper.used(pool.name) == 3 * MIB
@@ -422,7 +422,7 @@ def test_killed_before_remove(reaper, pool):
     assert reaper.used(pool.name) == 0
 
 
-def test_power_cut_between_remove_and_delete(reaper, pool):
+def test_row_30_power_cut_between_remove_and_delete(reaper, pool):
     pool.volume("hyper-rw-vdead", 1, mib=3)
     table = reaper.shell("dmsetup table " + pool.name).strip()
     tokens = reaper.killed_before_delete("hyper-rw-vdead")
@@ -494,6 +494,6 @@ def test_two_hundred_volumes_cost_four_commands(reaper, pool):
 
 
 @pytest.mark.skipif(os.path.exists("/sys/class/misc/device-mapper"), reason="this machine has device-mapper")
-def test_a_machine_without_device_mapper_has_none():
+def test_row_39_a_machine_without_device_mapper_has_none():
     with pytest.raises(probe.Absent, match="no device-mapper"):
         dm_thin.collect(RULES, probe.Host(probe.boottime() + 5))

@@ -131,6 +131,15 @@ def test_one_failure_does_not_stop_the_others(model, state, err):
     assert [token["name"] for token in ledgers.load(state, REALM)[0]["intents"]] == ["a"]
 
 
+def test_row_37_a_host_that_can_start_no_process(model, state, monkeypatch):
+    def no_process(_function):
+        raise OSError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(acts, "Worker", no_process)
+    outcomes = apply(model.make("cgroup/a"), state, model.kind("cgroup", prepare=lambda *_all: {}))
+    assert results(outcomes) == ["failed"]
+
+
 def test_a_child_that_dies_is_a_failure_of_one_item(model, state):
     def die(token, rules, host):
         if token["name"] == "a":

@@ -138,7 +138,7 @@ def test_an_empty_cgroup_is_removed_children_first(parent, host):
 
 
 @needs_cgroups
-def test_a_populated_cgroup_is_deferred_and_its_processes_named(parent, host):
+def test_row_15_a_populated_cgroup_is_deferred_and_its_processes_named(parent, host):
     path = parent.make("vabc")
     process = parent.start(parent.make("vabc/inner"))
     assert collected(host)[path]["in_use"]
@@ -152,7 +152,7 @@ def test_a_populated_cgroup_is_deferred_and_its_processes_named(parent, host):
 
 @needs_cgroups
 @pytest.mark.parametrize("with_cgroup_kill", [True, False])
-def test_stop_kills_all_that_runs_in_it(parent, host, with_cgroup_kill, monkeypatch):
+def test_row_15_stop_kills_all_that_runs_in_it(parent, host, with_cgroup_kill, monkeypatch):
     if not with_cgroup_kill:  # as on Linux before 5.14
         write = cgroup._write
         monkeypatch.setattr(cgroup, "_write", lambda one, name, data: name != "cgroup.kill" and write(one, name, data))
@@ -198,7 +198,7 @@ def test_zombies_do_not_count(parent, host):
 
 
 @needs_cgroups
-def test_a_cgroup_made_again_with_the_same_name_is_another_one(parent, host):
+def test_row_14_a_cgroup_made_again_with_the_same_name_is_another_one(parent, host):
     path = parent.make("vabc")
     one = token(host, path)
     os.rmdir(path)
@@ -256,7 +256,7 @@ def test_another_vms_cgroup_below_it_protects_it(parent, host):
 
 
 @needs_cgroups
-def test_systemds_units_are_never_removed(parent, host):
+def test_row_16_systemds_units_are_never_removed(parent, host):
     rules = [{"root": ROOT, "name": "(?P<vm_id>v[a-z]+)[.]scope"}]
     path = parent.make("vabc.scope")
     one = token(host, path, rules)
@@ -267,7 +267,7 @@ def test_systemds_units_are_never_removed(parent, host):
 
 @needs_cgroups
 @pytest.mark.parametrize("who", ["itself", "its ancestor"])
-def test_the_reaper_never_kills_the_cgroup_that_it_or_an_ancestor_is_in(parent, host, who):
+def test_row_16_the_reaper_never_kills_the_cgroup_that_it_or_an_ancestor_is_in(parent, host, who):
     path = parent.make("vabc")
     inner = parent.make("vabc/inner")
     one = dict(token(host, path), stop=True)
@@ -295,7 +295,7 @@ def test_the_reaper_never_kills_the_cgroup_that_it_or_an_ancestor_is_in(parent, 
 
 
 @needs_cgroups
-def test_hostile_names_are_foreign(parent, host):
+def test_row_36_hostile_names_are_foreign(parent, host):
     rules = [{"root": ROOT, "name": "(?P<vm_id>.*)"}]
     hostile = ["a b", "a'b", 'a"b', "$(reboot)", "{{ x }}", "-rf", "a\tb", "\u202ea", "a" * 200, os.fsdecode(b"v\xff")]
     for name in hostile:
@@ -325,7 +325,7 @@ def test_a_token_of_another_vm_is_refused(parent, host):
 
 
 @needs_cgroups
-def test_what_vanishes_between_listing_and_reading_is_not_an_error(parent, host, monkeypatch):
+def test_row_38_what_vanishes_between_listing_and_reading_is_not_an_error(parent, host, monkeypatch):
     listed = cgroup._directories
     path = parent.make("vabc")
 

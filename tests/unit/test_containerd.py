@@ -400,7 +400,7 @@ def test_a_task_that_does_not_die(world, monkeypatch):
     assert world.done == ["kill vm-a 9 1"]
 
 
-def test_a_container_created_again_is_another_one(world):
+def test_row_26_a_container_created_again_is_another_one(world):
     rules = [dict(world.place, name=VM)]
     world.add_container("vm-a", status=containerd.RUNNING)
     one = token(world, container, rules, "vms/vm-a", stop=True)
@@ -457,7 +457,7 @@ def test_a_pinned_container_is_held(world):
 # --- snapshots
 
 
-def test_everything_that_refers_to_a_snapshot_holds_it(world):
+def test_row_25_everything_that_refers_to_a_snapshot_holds_it(world):
     rules = [dict(world.place, name="(?P<vm_id>s[0-9])")]
     for number in range(8):
         world.add_snapshot("s%d" % number, kind=3)
@@ -596,7 +596,7 @@ def test_what_cannot_be_listed_is_not_empty(world, failing):
     assert world.done == []
 
 
-def test_the_number_of_objects_is_bounded(world, monkeypatch):
+def test_row_37_the_number_of_objects_is_bounded(world, monkeypatch):
     monkeypatch.setattr(containerd, "MAX_OBJECTS", 10)
     for number in range(11):
         world.add_container("vm-%d" % number)
@@ -609,7 +609,7 @@ def test_the_number_of_objects_is_bounded(world, monkeypatch):
 # --- where, and whether anybody is there
 
 
-def test_no_socket_and_no_directory_is_absent(tmp_path):
+def test_row_39_no_socket_and_no_directory_is_absent(tmp_path):
     for kind in (container, snapshot):
         with pytest.raises(Absent):
             kind.collect([{"namespace": "vms", "name": VM, "address": str(tmp_path / "none" / "c.sock")}], Host())

@@ -267,7 +267,7 @@ def test_what_is_gone_is_gone(base, rules, host):
     assert result(jail.remove(one, rules, host)) == r.ALREADY_GONE
 
 
-def test_what_vanishes_between_listing_and_reading_is_not_an_error(base, rules, host, monkeypatch):
+def test_row_38_what_vanishes_between_listing_and_reading_is_not_an_error(base, rules, host, monkeypatch):
     path = make(base)
     places = processes.places
     monkeypatch.setattr(processes, "places", lambda table: shutil.rmtree(path) or places(table))
@@ -331,7 +331,7 @@ HOSTILE = [
 ]
 
 
-def test_hostile_names_of_jails_are_foreign(base, host):
+def test_row_36_hostile_names_of_jails_are_foreign(base, host):
     rules = [{"base": str(base), "name": "(?P<vm_id>(?s:.*))"}]
     for name in HOSTILE:
         make(base, name)
@@ -436,7 +436,7 @@ def test_a_jail_is_removed_with_all_that_is_in_it_and_its_parent_stays(base, rul
     assert other.is_dir()
 
 
-def test_nothing_outside_of_a_jail_changes(base, rules, host, sentinel, namespace):
+def test_row_28_nothing_outside_of_a_jail_changes(base, rules, host, sentinel, namespace):
     path = make(base)
     root = path / "root"
     (root / "link").symlink_to(sentinel)
@@ -481,7 +481,7 @@ def test_a_bind_mount_that_appears_after_the_unmounting_is_not_descended_into(
     assert result(jail.remove(one, rules, host)) == r.REAPED
 
 
-def test_hostile_names_in_a_jail_are_removed(base, rules, host, sentinel, namespace):
+def test_row_36_hostile_names_in_a_jail_are_removed(base, rules, host, sentinel, namespace):
     path = make(base)
     for name in HOSTILE:
         (path / name / name).mkdir(parents=True)
@@ -638,7 +638,7 @@ while True:
 """
 
 
-def test_directories_exchanged_with_a_link_while_they_are_removed(base, rules, host, sentinel):
+def test_row_28_directories_exchanged_with_a_link_while_they_are_removed(base, rules, host, sentinel):
     """A process of the jail's user exchanges directories with a link to the sentinel as fast as it can."""
     lost = 0
     for _round in range(8):
@@ -668,7 +668,7 @@ def test_directories_exchanged_with_a_link_while_they_are_removed(base, rules, h
     assert lost > 0
 
 
-def test_a_base_on_a_file_system_that_does_not_answer_hangs_only_the_child(tmp_path, namespace):
+def test_row_31_a_base_on_a_file_system_that_does_not_answer_hangs_only_the_child(tmp_path, namespace):
     dead = tmp_path / "dead"
     dead.mkdir()
     try:

@@ -200,6 +200,7 @@ def test_row_06_strikes_are_apart_by_the_boot_clock():
     orphan = thing("cgroup", "v1")
     assert names(sweep_twice(orphan, between=59.9)) == []
     assert names(sweep_twice(orphan, between=60)) == ["v1.cgroup"]
+    assert names(sweep_twice(orphan, between=299, strike_interval=300)) == []
     assert names(sweep_twice(orphan, between=-500)) == []
     assert names(sweep_twice(orphan, between=0, strike_interval=0, min_age=0)) == []
 
@@ -214,6 +215,7 @@ def test_row_07_reboot_between_strikes():
     assert names(plan(facts(*after, now=60, boot="boot-2", ledger=remembered(early)))) == ["v2.jail"]
     assert names(plan(facts(*after, now=5000, boot="boot-2", ledger=ledger))) == ["v2.jail"]
     confirmed = remembered(sweep_twice(lasting), ledger)
+    assert names(plan(facts(lasting, now=299, boot="boot-2", ledger=confirmed), strike_interval=300)) == []
     assert names(plan(facts(lasting, now=30, boot="boot-2", ledger=confirmed))) == []
 
 
@@ -415,6 +417,13 @@ def test_what_is_held_holds_in_turn():
     assert names(sweep_twice(live, leaf, middle, root)) == ["w.container", "leaf", "middle", "root"]
 
 
+def test_what_is_busy_holds_too():
+    busy = thing("dm_thin", "v1", in_use=True)
+    other = thing("snapshot", "v2", holders=held_by(busy))
+    assert names(sweep_twice(busy, other, running="confirmed")) == []
+
+
+@pytest.mark.timeout(10)
 def test_a_chain_of_ten_thousand_holders_is_no_matter():
     chain = [thing("snapshot", "v1", name="s0", holders=[r.holder("lease", "l")])]
     for number in range(1, 10000):

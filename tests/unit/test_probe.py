@@ -69,7 +69,7 @@ def test_one_child_serves_many_items(worker):
     assert child.pid != os.getpid()
 
 
-def test_a_child_that_hangs_is_abandoned_at_the_deadline(worker):
+def test_row_31_a_child_that_hangs_is_abandoned_at_the_deadline(worker):
     child = worker(lambda item: time.sleep(60))
     begin = time.monotonic()
     with pytest.raises(DeadlineExceeded, match="abandoned"):

@@ -68,7 +68,7 @@ def test_a_batch_that_was_stopped():
     result = sweep_twice(thing("cgroup", "v1"), host_share=share(count=0))
     hosts = {"h1": host(result, refused=result["refused"]), "h2": host(plan(facts()))}
     told = lines(hosts, abort={"code": "blind", "message": "h1: no VM at all"}, manifest=None)
-    assert told[0].endswith("2 hosts, no list of live VMs: nothing was removed on any host")
+    assert "2 hosts, no list of live VMs: nothing was removed on any host" in told[0]
     assert told[1] == "STOPPED (blind): h1: no VM at all"
 
 

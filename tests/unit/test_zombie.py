@@ -160,7 +160,7 @@ def test_a_parent_that_missed_the_signal_is_reminded_and_reaps(family, boxes, ho
     assert result(zombie.remove(one, boxes.rules, host)) == r.ALREADY_GONE
 
 
-def test_a_parent_that_does_not_react_is_blamed_and_nothing_claimed(family, boxes, host):
+def test_row_18_a_parent_that_does_not_react_is_blamed_and_nothing_claimed(family, boxes, host):
     parent, (pid,) = family()
     boxes("box1", pid)
     begin = time.monotonic()
@@ -199,7 +199,7 @@ def test_a_parent_that_is_stopped_is_said_to_be(family, boxes, host, monkeypatch
     assert (outcome["outcome"], "which is stopped" in outcome["message"]) == (r.DEFERRED, True)
 
 
-def test_another_process_with_the_same_pid_and_name_is_not_the_zombie(family, boxes, host, monkeypatch):
+def test_row_12_13_another_process_with_the_same_pid_and_name_is_not_the_zombie(family, boxes, host, monkeypatch):
     parent, (pid,) = family(when_reminded="reap")
     boxes("box1", pid)
     one = token(pid, boxes.rules, host)
@@ -400,7 +400,7 @@ def test_a_process_is_aged_by_the_boot_clock():
 
 
 @pytest.mark.parametrize("python", ["3.9 and later", "3.8"])
-def test_a_signal_reaches_the_pinned_process_or_nobody(python, monkeypatch):
+def test_row_12_a_signal_reaches_the_pinned_process_or_nobody(python, monkeypatch):
     if python == "3.8":
         monkeypatch.delattr(os, "pidfd_open", raising=False)
         monkeypatch.delattr(signal, "pidfd_send_signal", raising=False)

@@ -32,6 +32,7 @@ RULE = {
 KILL_SECONDS = 2.0
 MAX_HOLDERS = 20
 MAX_PINNED = 256
+INITIAL_NAMESPACE = 0xEFFFFFFB  # the kernel's own: /proc then shows whole paths
 # What an access to a cgroup gives that is gone, or is just being removed.
 REMOVED = (errno.ENOENT, errno.ENODEV)
 SYSTEMD_SUFFIXES = (".scope", ".service", ".slice")
@@ -42,6 +43,7 @@ def collect(rules, host):
     """Return all cgroups right below the configured roots whose name is that of a VM."""
     found, foreign = [], 0
     everybody, ours = r.Names(KIND, rules), _own_pids()
+    own_names = _names_on_the_way_to(ours)
     for mount, version in cgroup_mounts(mounts.read()):
         for root, names in _names(rules).items():
             for entry in _directories(os.path.join(mount, root)):
@@ -49,7 +51,8 @@ def collect(rules, host):
                 if vm_id is None:
                     foreign += 1
                     continue
-                one = _describe(entry.path, vm_id, version, host, everybody, ours)
+                may_be_ours = own_names is None or entry.name in own_names
+                one = _describe(entry.path, vm_id, version, host, everybody, ours if may_be_ours else frozenset())
                 if one is not None:
                     found.append(one)
     return {"resources": found, "foreign": foreign}
@@ -157,7 +160,7 @@ def _describe(path, vm_id, version, host, everybody, ours):
     try:
         status = os.lstat(path)
         populated = _populated(path, version)
-        # Most have no child, by the count of links, and are not listed for that; most runs are in none of them.
+        # Most have no child, by the count of links, and are not listed for that.
         below = _descendants(path) if status.st_nlink > 2 else []
         holders = _holders(path, path, below, vm_id, everybody, ours if populated else frozenset())
     except OSError as err:
@@ -315,6 +318,17 @@ def _locate(token, rules):
 def _own_pids():
     """Return our pid and those of our ancestors: whatever cgroup one of them is in, in any hierarchy, is not killed."""
     return frozenset(processes.lineage(os.getpid()))
+
+
+def _names_on_the_way_to(pids):
+    """Return the names of all cgroups that lead to one that a process is in, None where a namespace hides some."""
+    if os.readlink("/proc/self/ns/cgroup") != "cgroup:[%d]" % INITIAL_NAMESPACE:
+        return None
+    found = set()
+    for pid in pids:
+        for line in (processes.read(pid, "cgroup") or "").split("\n"):
+            found.update(line.split(":", 2)[-1].split("/"))
+    return found
 
 
 def _names(rules):
