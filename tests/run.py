@@ -44,7 +44,8 @@ PARTS: dict[str, tuple[int, list[list[str]]]] = {
         ],
     ),
     "docs": (300, [["python", "tests/docs.py"]]),
-    "unit": (600, [["pytest", "tests/unit"]]),
+    # Much of it waits for the kernel: more workers than cores.
+    "unit": (600, [["pytest", "-n", "4", "tests/unit"]]),
     "simulator": (600, [["pytest", "tests/simulator"]]),
     "sanity": (1200, [["python", "tests/sanity.py"]]),
     "scenarios": (2400, [[*MOLECULE, "test", "-s", name] for name in SCENARIOS]),

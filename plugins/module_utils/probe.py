@@ -92,6 +92,15 @@ def read_text(path, limit=1 << 20):
     return data.decode("utf-8", "replace")
 
 
+def read_once(path):
+    """Return what one read of a kernel file gives, as bytes: all of it, where the kernel writes it in one piece."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(descriptor, 4096)
+    finally:
+        os.close(descriptor)
+
+
 def find_command(command):
     """Return the absolute path of a command of the table, or raise Absent."""
     name = COMMANDS[command][0]
@@ -232,7 +241,7 @@ class Worker:
         while len(data) < count:
             if not _ready([self._receive], [], deadline):
                 self._give_up(DeadlineExceeded("no answer within the deadline; the child was abandoned"))
-            part = os.read(self._receive, min(1 << 20, count - len(data)))
+            part = os.read(self._receive, min(READ_SIZE, count - len(data)))
             if not part:
                 self._give_up(ProbeError("the child that should have done it ended without an answer"))
             data += part

@@ -386,7 +386,8 @@ def test_a_cgroup_that_cannot_be_read_is_not_empty(parent, host, monkeypatch):
     def unreadable(path, *limit):
         raise OSError(errno.EIO, "Input/output error", path)
 
-    monkeypatch.setattr(cgroup, "read_text", unreadable)
+    for reader in ("read_text", "read_once"):
+        monkeypatch.setattr(cgroup, reader, unreadable)
     with pytest.raises(OSError, match="Input/output"):
         cgroup.collect(RULES, host)
 

@@ -19,7 +19,7 @@ import time
 
 from .. import mounts, processes
 from .. import resource as r
-from ..probe import Absent, read_text
+from ..probe import Absent, read_once, read_text
 
 KIND = "cgroup"
 STOPS = True
@@ -198,7 +198,7 @@ def _identity(host, status):
 
 def _populated(path, version):
     if version == 2:
-        return "populated 1" in read_text(path + "/cgroup.events")
+        return b"populated 1" in read_once(path + "/cgroup.events")
     return bool(_pids(path))
 
 
