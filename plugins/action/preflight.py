@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 
@@ -70,13 +71,18 @@ class ActionModule(ActionBase):
 
 def check(variables, spec):
     """Return what is wrong with one host's variables, each problem a sentence that names the variable."""
-    problems = ["unknown variable %s" % name for name in sorted(set(variables) - set(spec))]
+    problems = [_unknown(name, spec) for name in sorted(set(variables) - set(spec))]
     given = {name: value for name, value in variables.items() if name in spec}
     validated = ArgumentSpecValidator(spec).validate(given)
     problems += validated.error_messages
     if problems:
         return problems
     return _impossible(validated.validated_parameters)
+
+
+def _unknown(name, spec):
+    similar = difflib.get_close_matches(name, spec, n=1)
+    return "unknown variable %s%s" % (name, ", did you mean %s?" % similar[0] if similar else "")
 
 
 def _impossible(parameters):
