@@ -89,8 +89,8 @@ class Fleet:
     def sweep_argv(self, *arguments: str) -> list[str]:
         """Return the command line of one sweep."""
         extra = ["-e", f"reap_report_path={self.state}/report.json"]
-        playbook = [str(BIN / "ansible-playbook"), "-i", f"{self.state}/inventory.yml", "playbooks/reap.yml"]
-        return [*playbook, *extra, *arguments]
+        command = [str(BIN / "ansible-playbook"), "-i", f"{self.state}/inventory.yml"]
+        return [*command, *extra, *arguments, "playbooks/reap.yml"]
 
     def clear(self) -> None:
         """Make all hosts as new: without any VM, dead or alive, and without what a reaper remembers."""

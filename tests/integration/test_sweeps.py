@@ -16,7 +16,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def write(fleet: Fleet, document: dict, part: int = 1) -> None:
 def sweep(fleet: Fleet, *arguments: str, times: int = 1, **variables) -> Sweep:
     """Sweep, also several times in a row; return the last one."""
     again = ["playbooks/reap.yml"] * (times - 1)
-    return fleet.sweep(*again, *arguments, "-e", json.dumps(dict(QUICK, **variables)), timeout=100)
+    return fleet.sweep(*arguments, "-e", json.dumps(dict(QUICK, **variables)), *again, timeout=100)
 
 
 def struck(fleet: Fleet, options: dict) -> None:
@@ -65,13 +65,11 @@ def struck(fleet: Fleet, options: dict) -> None:
     assert first.code == 0 and not first.outcomes(), first.output
 
 
-def in_background(fleet: Fleet, report: Path, *arguments: str) -> subprocess.Popen:
+def in_background(fleet: Fleet, report: Path, **variables) -> subprocess.Popen:
     """Start a sweep in a process group of its own."""
-    extra = ["-e", json.dumps(dict(QUICK, reap_report_path=str(report)))]
-    argv = fleet.sweep_argv(*extra, *arguments)
-    return subprocess.Popen(
-        argv, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-    )
+    argv = fleet.sweep_argv("-e", json.dumps(dict(QUICK, reap_report_path=str(report), **variables)))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(argv, cwd=ROOT, text=True, start_new_session=True, **pipes)
 
 
 def ledgers(fleet: Fleet) -> dict:
@@ -154,7 +152,11 @@ def test_check_mode_shows_the_plan_of_the_real_run_and_changes_nothing_and_hosti
     assert {host: plan["reap"] for host, plan in plans(real.output).items()} == planned
     tokens = [(host, token["kind"], token["name"]) for host, plan in planned.items() for token in plan]
     assert {one["outcome"] for one in dry.outcomes()} == {"would_reap"}
-    assert real.code == 0 and reaped(real.report) == sorted(" ".join(token) for token in tokens)
+    # A container's own snapshot may be gone before its turn: containerd drops what nothing refers to any more.
+    assert {(one["kind"], one["outcome"]) for one in real.outcomes() if one["outcome"] != "reaped"} <= {
+        ("snapshot", "already_gone")
+    }
+    assert real.code == 0 and set(reaped(real.report)) <= {" ".join(token) for token in tokens}
     diff = dry.output.replace("\\n", "\n")
     assert [token for token in tokens if f"-{token[1]} {token[2]}\n" not in diff] == []
     assert pair.check("gone") == []
@@ -198,7 +200,7 @@ def long_list(fleet: Fleet) -> dict:
 
 class TestAListThatCannotBeBelieved:
     @pytest.mark.parametrize(("change", "words"), UNBELIEVABLE.values(), ids=UNBELIEVABLE)
-    def test_stops_the_sweep_and_leaves_every_strike_as_it_was(self, once_struck: Fleet, change: Callable, words: list) -> None:
+    def test_stops_the_sweep_and_leaves_every_strike_as_it_was(self, once_struck: Fleet, change, words) -> None:
         document, before = long_list(once_struck), ledgers(once_struck)
         if change:
             change(document)
@@ -366,7 +368,8 @@ def test_a_thin_id_does_not_leak_when_the_reaper_dies_before_it_is_deleted(kerne
     """Row 30: the volume is deactivated, its blocks are not given back, and no list shows it any more."""
     struck(kernel, FEW)
     listed(kernel)
-    on(kernel, "kern", "cp /usr/sbin/dmsetup /opt/dmsetup; cat > /opt/deadly; chmod 755 /opt/deadly", input=DEADLY_DMSETUP)
+    prepare = "cp /usr/sbin/dmsetup /opt/dmsetup; cat > /opt/deadly; chmod 755 /opt/deadly"
+    on(kernel, "kern", prepare, input=DEADLY_DMSETUP)
     swap = "cp /opt/%s /usr/sbin/.new; mv /usr/sbin/.new /usr/sbin/dmsetup"
     with meanwhile(kernel, "kern", swap % "deadly", swap % "dmsetup"):
         cut = sweep(kernel)
@@ -380,20 +383,30 @@ def test_a_thin_id_does_not_leak_when_the_reaper_dies_before_it_is_deleted(kerne
     assert kernel.ledger("kern")["intents"] == []
 
 
+def test_of_two_sweeps_that_overlap_one_acts(pair: Fleet, tmp_path: Path) -> None:
+    """Row 29: the plan of the slower one was made of what was; it changes nothing, and does not fail."""
+    pair.plant(FEW)
+    listed(pair)
+    pipe = tmp_path / "live.json"
+    os.mkfifo(pipe)
+    slow = in_background(pair, tmp_path / "slow.json", reap_live_sources=[{"type": "file", "path": str(pipe)}])
+    with pipe.open("w") as stream:  # opens as soon as the slow one has its facts and wants the list
+        assert sweep(pair).code == 0
+        before = ledgers(pair)
+        stream.write((pair.state / "live.json").read_text())
+    output = slow.communicate(timeout=100)[0]
+    assert slow.returncode == 0 and output.count("busy: another reaper has written this host's ledger") > 0, output
+    assert ledgers(pair) == before and strikes(pair, "one") == strikes(pair, "two") == {1}
+
+
 def test_of_two_sweeps_at_the_same_time_one_acts(pair: Fleet, tmp_path: Path) -> None:
-    """Row 29: everything is reaped once, no strike counts twice, and the other sweep does not fail."""
-    pair.plant(dict(FEW, orphans=4))
-    for turn in range(2):
-        listed(pair)
-        paths = [tmp_path / f"{turn}{name}.json" for name in "ab"]
-        both = [in_background(pair, path) for path in paths]
-        outputs = [one.communicate(timeout=100)[0] for one in both]
-        assert [one.returncode for one in both] == [0, 0], outputs
-        if turn == 0:
-            # They may also come one after the other, on a busy machine; then the second one is no earlier than it may.
-            generations = {host: pair.ledger(host)["generation"] for host in ("one", "two")}
-            busy = "".join(outputs).count(": busy: ")
-            assert busy or set(generations.values()) == {2}, outputs
+    """Row 29: everything is reaped once, and neither fails."""
+    struck(pair, FEW)
+    listed(pair)
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    both = [in_background(pair, path) for path in paths]
+    outputs = [one.communicate(timeout=100)[0] for one in both]
+    assert [one.returncode for one in both] == [0, 0], outputs
     names = [name for path in paths for name in reaped(json.loads(path.read_text()))]
     assert names and sorted(names) == sorted(set(names))
     assert pair.check("gone") == []
@@ -454,7 +467,7 @@ def test_one_item_that_fails_does_not_stop_the_others(pair: Fleet) -> None:
         done = sweep(pair, times=2, reap_jail_bases=["/srv/jailer", "/srv/frozen"])
     assert done.code == 2 and re.search(r"^two .* failed=0", done.output, re.MULTILINE), done.output
     assert f"one: jail {jail} FAILED: " in done.output and "1 of 6 items failed" in done.output
-    row = next(line.split() for line in done.output.splitlines() if re.match(r"one +jail ", line))
+    row = [line.split() for line in done.output.splitlines() if re.match(r"one +jail ", line)][-1]
     header = next(line.split() for line in done.output.splitlines() if line.startswith("HOST "))
     assert (row[header.index("REAPED")], row[header.index("FAILED")]) == ("2", "1")
     assert pair.check("gone") == []

@@ -267,7 +267,11 @@ def test_row_16_systemds_units_are_never_removed(parent, host):
 
 @needs_cgroups
 @pytest.mark.parametrize("who", ["itself", "its ancestor"])
-def test_row_16_the_reaper_never_kills_the_cgroup_that_it_or_an_ancestor_is_in(parent, host, who):
+@pytest.mark.parametrize("namespace", [cgroup.INITIAL_NAMESPACE, 0], ids=["initial", "other"])
+def test_row_16_the_reaper_never_kills_the_cgroup_that_it_or_an_ancestor_is_in(
+    parent, host, who, namespace, monkeypatch
+):
+    monkeypatch.setattr(cgroup, "INITIAL_NAMESPACE", namespace)
     path = parent.make("vabc")
     inner = parent.make("vabc/inner")
     one = dict(token(host, path), stop=True)

@@ -290,3 +290,11 @@ def test_a_command_that_is_not_installed_is_absent(monkeypatch, tmp_path):
     monkeypatch.setitem(probe.COMMANDS, "tool", ("tool",))
     with pytest.raises(Absent, match="tool is not installed"):
         probe.find_command("tool")
+
+
+def test_text_is_read_to_its_end_or_to_the_limit(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * (probe.READ_SIZE + 10) + b"\xff")
+    assert probe.read_text(str(path)) == "x" * (probe.READ_SIZE + 10) + "\ufffd"
+    assert probe.read_text(str(path), probe.READ_SIZE + 1) == "x" * (probe.READ_SIZE + 1)
+    assert probe.read_once(str(path)) == b"x" * 4096

@@ -322,8 +322,11 @@ def _own_pids():
 
 def _names_on_the_way_to(pids):
     """Return the names of all cgroups that lead to one that a process is in, None where a namespace hides some."""
-    if os.readlink("/proc/self/ns/cgroup") != "cgroup:[%d]" % INITIAL_NAMESPACE:
-        return None
+    try:
+        if os.readlink("/proc/self/ns/cgroup") != "cgroup:[%d]" % INITIAL_NAMESPACE:
+            return None
+    except FileNotFoundError:
+        pass  # a kernel without such namespaces
     found = set()
     for pid in pids:
         for line in (processes.read(pid, "cgroup") or "").split("\n"):
