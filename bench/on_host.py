@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -299,7 +300,7 @@ def removal(module: str, first: int, count: int) -> dict:
     return {"seconds": seconds, "bare": bare, "outcomes": outcomes}
 
 
-ACTIONS = {"load": load, "gather": gather, "facts": facts, "removal": removal}
+ACTIONS: dict[str, Callable[..., dict]] = {"load": load, "gather": gather, "facts": facts, "removal": removal}
 
 if __name__ == "__main__":
     sys.exit(main())

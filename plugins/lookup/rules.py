@@ -38,6 +38,11 @@ options:
     description: The socket of containerd that takes the place of the one in the presets.
     type: str
     default: ''
+  want:
+    description: The rules, or the patterns of ids that the platforms use again.
+    type: str
+    choices: [rules, reused_ids]
+    default: rules
   kinds:
     description: Only the rules of these kinds. All where empty.
     type: list
@@ -53,14 +58,14 @@ EXAMPLES = r"""
 
 RETURN = r"""
 _raw:
-  description: One mapping of kinds to lists of rules.
+  description: One mapping of kinds to lists of rules, or one list of patterns.
   type: list
-  elements: dict
+  elements: raw
 """
 
 from ansible.errors import AnsibleLookupError
 from ansible.plugins.lookup import LookupBase
-from ansible_collections.microvm.reaper.plugins.plugin_utils.presets import PresetError, rules
+from ansible_collections.microvm.reaper.plugins.plugin_utils.presets import PresetError, reused_ids, rules
 
 
 class LookupModule(LookupBase):
@@ -71,6 +76,8 @@ class LookupModule(LookupBase):
         self.set_options(var_options=variables, direct=kwargs)
         names = ("cgroup_roots", "jail_bases", "containerd_namespaces", "containerd_address", "kinds")
         try:
+            if self.get_option("want") == "reused_ids":
+                return [reused_ids(terms)]
             return [rules(terms, **{name: self.get_option(name) for name in names})]
         except PresetError as err:
             raise AnsibleLookupError("microvm.reaper.rules: %s" % err) from err

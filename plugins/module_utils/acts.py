@@ -9,6 +9,7 @@ one, with what is left of them. A reaper that is killed between leaves its inten
 from __future__ import annotations
 
 import contextlib
+import time
 
 from . import ledger as ledgers
 from . import resource as r
@@ -144,7 +145,30 @@ def settled(ledger, kept, tokens, outcomes):
     gone = {key for key, one in by_key.items() if one["outcome"] in (r.REAPED, r.ALREADY_GONE, r.IDENTITY_CHANGED)}
     strikes = {key: strike for key, strike in ledger["strikes"].items() if key not in gone}
     unfinished = [token for token in tokens if by_key[_key(token)].get("unfinished")]
-    return dict(ledger, strikes=strikes, intents=kept + unfinished)
+    return dict(ledger, strikes=strikes, intents=kept + unfinished, reaped=_reaped(ledger["reaped"], tokens, by_key))
+
+
+def latch(refusal, state_dir, realm):
+    """Remember that nothing more is to be removed in the realm; see ledger.py."""
+    with ledgers.Lock(state_dir):
+        ledger = ledgers.load(state_dir, realm)[0]
+        if ledger["latch"] is None:
+            ledgers.save(state_dir, realm, dict(ledger, latch=refusal))
+
+
+def _reaped(before, tokens, by_key):
+    """Remember the VMs of which something was removed because they live nowhere, the latest MAX_REAPED of them.
+
+    One that lives on another host may come back to this one; it proves nothing.
+    """
+    now = round(time.time())
+    gone = {
+        token["vm_id"]: now
+        for token in tokens
+        if by_key[_key(token)]["outcome"] == r.REAPED and token.get("evidence") != r.ELSEWHERE
+    }
+    latest = sorted(dict(before, **gone).items(), key=lambda item: item[1], reverse=True)
+    return dict(latest[: ledgers.MAX_REAPED])
 
 
 def _key(item):

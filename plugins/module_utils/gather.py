@@ -24,13 +24,14 @@ PATIENCE_SECONDS = 2.0
 
 def gather(kinds, rules, realm, state_dir, seconds):
     """Return the facts of this host: ``{realm, boot_id, machine_id, boottime_seconds, ledger, ledger_problem,
-    generation, kinds: {kind: {status, reason, resources, foreign, seconds}}}``.
+    generation, other_realms, pins, kinds: {kind: {status, reason, resources, foreign, seconds}}}``.
 
     ``kinds`` are the modules of the kinds, ``rules`` their rules by name; a kind without rules is not read.
     """
     host = Host(boottime() + seconds, state_dir)
     # Before the kinds: what another reaper does from here on makes its generation, and the plan made of this, void.
     ledger, problem = ledgers.load(state_dir, realm)
+    pins = ledgers.pins(state_dir)
     found = collect_all([kind for kind in kinds if rules.get(kind.KIND)], rules, host)
     return {
         "realm": realm,
@@ -40,6 +41,8 @@ def gather(kinds, rules, realm, state_dir, seconds):
         "ledger": ledger,
         "ledger_problem": problem,
         "generation": ledger["generation"],
+        "other_realms": ledgers.other_realms(state_dir, realm),
+        "pins": pins,
         "kinds": found,
     }
 

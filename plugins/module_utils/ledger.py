@@ -5,12 +5,14 @@
 It lies at ``<state directory>/<realm>/ledger.json``, readable by its owner only, and is replaced as a whole: written
 beside, synced, renamed, the directory synced. So a power cut leaves the old one or the new one.
 
-LEDGER ``{version, realm, host, machine_id, generation, manifest: {epochs, count}, strikes: {"kind name": STRIKE},
-intents: [TOKEN]}``
+LEDGER ``{version, realm, host, machine_id, generation, manifest: {epochs, count},
+strikes: {"kind name": STRIKE}, intents: [TOKEN], reaped: {vm_id: seconds since 1970}, latch}``
 STRIKE ``{identity, vm_id, strikes, first, last, boot_id}``; first and last are instants of the boot clock in seconds.
 
 ``generation`` counts the writes: a plan made from generation N is carried out on generation N only. ``intents`` are
 the removals that were begun and whose end is not known, so that the next sweep can finish what was cut short.
+``reaped`` are the VMs of which something was removed here, the latest ones; ``latch`` is null, or ``{code, message}`` of
+a VM that was reaped and turned out to live: nothing more is removed in the realm until a person has cleared it.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from .resource import VM_ID
 
 VERSION = 1
 MAX_BYTES = 64 * 1024 * 1024
+MAX_REAPED = 10000
+MAX_PINS_BYTES = 1024 * 1024
 REALM = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -49,6 +53,8 @@ def empty(realm):
         "manifest": {"epochs": {}, "count": None},
         "strikes": {},
         "intents": [],
+        "reaped": {},
+        "latch": None,
     }
 
 
@@ -100,6 +106,36 @@ def save(state_dir, realm, ledger):
     except OSError as err:
         raise LedgerError("cannot write the ledger %s: %s" % (path, err.strerror)) from err
     return written
+
+
+def other_realms(state_dir, realm):
+    """Return the names of the other realms that this host remembers."""
+    try:
+        names = [name for name in os.listdir(state_dir) if REALM.fullmatch(name)]
+    except FileNotFoundError:
+        return []
+    except OSError as err:
+        raise LedgerError("cannot read %s: %s" % (state_dir, err.strerror)) from err
+    return sorted(name for name in names if name != realm and os.path.exists(path_of(state_dir, name)))
+
+
+def pins(state_dir):
+    """Return the lines of the host's pin file, ``<state directory>/keep``: VMs that a person wants left alone.
+
+    A line is an id or a glob pattern, and maybe ``until YYYY-MM-DD``. Blank lines and comments (#) are left out.
+    """
+    path = os.path.join(state_dir, "keep")
+    try:
+        with open(path, "rb", opener=_no_follow) as stream:
+            text = stream.read(MAX_PINS_BYTES + 1).decode("utf-8", "replace")
+    except FileNotFoundError:
+        return []
+    except OSError as err:
+        raise LedgerError("cannot read the pins %s: %s" % (path, err.strerror)) from err
+    if len(text) > MAX_PINS_BYTES:
+        raise LedgerError("the pins %s are larger than %d bytes" % (path, MAX_PINS_BYTES))
+    lines = (line.partition("#")[0].strip() for line in text.splitlines())
+    return [line for line in lines if line]
 
 
 class Lock:
@@ -163,10 +199,16 @@ def _checked(ledger, realm):
         raise ValueError("an epoch that is no number")
     if remembered["count"] is not None and not math.isfinite(remembered["count"]):
         raise ValueError("a count that is no number")
+    ledger = dict(empty(realm), **ledger)
+    if not all(VM_ID.fullmatch(vm_id) and math.isfinite(when) for vm_id, when in ledger["reaped"].items()):
+        raise ValueError("a reaped VM without id or time")
+    latch = ledger["latch"]
+    if latch is not None and not all(isinstance(latch[key], str) for key in ("code", "message")):
+        raise ValueError("a latch without code or message")
     for key in ("host", "machine_id"):
         if ledger[key] is not None and not isinstance(ledger[key], str):
             raise ValueError("%s %r" % (key, ledger[key]))
-    return dict(empty(realm), **ledger)
+    return ledger
 
 
 def _keep_corrupt_aside(state_dir, realm, path):

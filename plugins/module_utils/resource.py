@@ -26,6 +26,9 @@ IDENTITY_CHANGED = "identity_changed"
 FAILED = "failed"
 WOULD_REAP = "would_reap"
 
+# The evidence for removing something of a VM that lives on another host.
+ELSEWHERE = "elsewhere"
+
 
 class RuleError(ValueError):
     """A rule cannot be used; the text names the kind, the key and the value."""

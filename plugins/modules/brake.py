@@ -20,6 +20,19 @@ options:
     description: The name of the variable that holds each host's plan.
     type: str
     required: true
+  max_per_fleet:
+    description: More VMs than this to be reaped in one run, over all its batches, stop it.
+    type: int
+    default: 500
+  max_percent:
+    description:
+      - A larger share than this of all VMs, those that the live source lists and those to be reaped, stops the run.
+    type: float
+    default: 30
+  percent_floor:
+    description: Up to this many VMs percentages say nothing.
+    type: int
+    default: 10
 attributes:
   action:
     description: Indicates this has a corresponding action plugin so some parts of the options can be executed on the

@@ -152,6 +152,15 @@ def diff(outcomes):
     return {"before_header": "leftovers of dead VMs", "after_header": "reaped", "before": before, "after": ""}
 
 
+def _remember(plan, module):
+    """Let the host remember a latch, so that it holds until a person clears it, whatever the next list says."""
+    if plan["refused"].get("code") == "latched" and not module.check_mode:
+        try:
+            acts.latch(plan["refused"], module.params["state_dir"], plan["realm"])
+        except LedgerError as err:
+            module.warn("the latch could not be remembered: %s" % err)
+
+
 def main():
     """Carry out the plan."""
     module = AnsibleModule(argument_spec=get_argument_spec(), supports_check_mode=True)
@@ -161,6 +170,7 @@ def main():
     except ValueError as err:
         module.fail_json(msg="not a plan of microvm.reaper.confirmed_orphans: %s" % err, outcomes=[])
     if plan.get("refused"):
+        _remember(plan, module)
         module.fail_json(msg="refused (%(code)s): %(message)s" % plan["refused"], outcomes=[], refused=plan["refused"])
     host = Host(boottime() + params["deadline"], params["state_dir"])
     try:

@@ -82,6 +82,14 @@ ansible_facts:
         generation:
           description: How often the ledger has been written.
           type: int
+        other_realms:
+          description: The other realms for which this host has been swept.
+          type: list
+          elements: str
+        pins:
+          description: The lines of the host's pin file, C(keep) in O(state_dir), which names VMs that are left alone.
+          type: list
+          elements: str
         kinds:
           description:
             - By kind, C(status), C(reason), C(resources), C(foreign) and C(seconds), as in the fact modules of the

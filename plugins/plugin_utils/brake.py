@@ -8,23 +8,49 @@ from .words import enumerate_hosts
 
 # A host refused for one of these says something about the live source or about the sweep, not about itself.
 BATCH_CODES = ("host_cap", "blind", "shrunk", "epoch_went_back", "other_realm")
+LATCHED = "latched"
+DEFAULT_CAPS = {"max_per_fleet": 500, "max_percent": 30, "percent_floor": 10}
 
 
-def brake(plans):
+def brake(plans, caps=None, spent=0):
     """Return ``(abort, refused)`` for ``{host: plan}`` of one batch.
 
     ``abort`` is None or the ``{code, message}`` that stops all hosts of the batch; ``refused`` maps single hosts that
-    are to be left alone to theirs.
+    are to be left alone to theirs. ``caps`` are those of DEFAULT_CAPS or others, ``spent`` is how many VMs the
+    batches of this run before this one were to reap. A latch that one host remembers holds for all of them.
     """
     refused = {host: plan["refused"] for host, plan in plans.items() if plan["refused"]}
     refused.update(_clones(plans))
+    latched = [one for _host, one in sorted(refused.items()) if one["code"] == LATCHED]
+    if latched:
+        return None, dict.fromkeys(plans, latched[0])
     aborting = [(host, one) for host, one in sorted(refused.items()) if one["code"] in BATCH_CODES]
     if not aborting:
-        return None, refused
+        return _over_cap(plans, refused, caps or DEFAULT_CAPS, spent), refused
     host, first = aborting[0]
     others = [other for other, _one in aborting[1:]]
     also = " (refused as well: %s)" % enumerate_hosts(others) if others else ""
     return {"code": first["code"], "message": "%s: %s%s" % (host, first["message"], also)}, refused
+
+
+def doomed(plans):
+    """Return how many VMs the plans of a batch reap, counted on each host."""
+    return sum(len({token["vm_id"] for token in plan["reap"]}) for plan in plans.values())
+
+
+def _over_cap(plans, refused, caps, spent):
+    """Refuse what takes the whole run over the fleet's caps; the fleet is what the live source lists, and the dead."""
+    going = spent + doomed({host: plan for host, plan in plans.items() if host not in refused})
+    live = max((plan["manifest"]["count"] or 0 for plan in plans.values()), default=0)
+    percent = 100 * going / (live + going) if going else 0
+    before = ", %d of them in earlier batches" % spent if spent else ""
+    if going > caps["max_per_fleet"]:
+        said = "%d VMs would be reaped in this run%s, more than reap_max_per_fleet=%d"
+        return {"code": "fleet_cap", "message": said % (going, before, caps["max_per_fleet"])}
+    if going > caps["percent_floor"] and percent > caps["max_percent"]:
+        said = "%d VMs would be reaped in this run%s, beside %d that live: %d %%, more than reap_max_percent=%d"
+        return {"code": "fleet_cap", "message": said % (going, before, live, percent, caps["max_percent"])}
+    return None
 
 
 def _clones(plans):

@@ -45,10 +45,11 @@ def unpacked(facts):
 
 
 def vm_ids(facts):
-    """Return all ids that unpacked facts name: in resources, in strikes and in intents."""
+    """Return all ids that unpacked facts name: in resources, and in the ledger."""
     found = {resource["vm_id"] for entry in facts["kinds"].values() for resource in entry["resources"]}
     found.update(strike["vm_id"] for strike in facts["ledger"]["strikes"].values())
     found.update(token["vm_id"] for token in facts["ledger"]["intents"])
+    found.update(facts["ledger"]["reaped"])
     return found
 
 
@@ -72,6 +73,10 @@ def _check_host(facts):
     for key in ("machine_id", "ledger_problem"):
         if facts.get(key) is not None and not isinstance(facts[key], str):
             raise FactsError("'%s' is no text: %.200r" % (key, facts[key]))
+    for key in ("other_realms", "pins"):
+        lines = facts.get(key, [])
+        if not isinstance(lines, list) or not all(isinstance(line, str) and line.isprintable() for line in lines):
+            raise FactsError("'%s' is no list of texts: %.200r" % (key, lines))
     if not _is_number(facts["boottime_seconds"]):
         raise FactsError("'boottime_seconds' is no number: %.200r" % facts["boottime_seconds"])
     try:

@@ -17,7 +17,9 @@ The rules, in the order in which they are applied:
 
 from __future__ import annotations
 
+import datetime
 import fnmatch
+import re
 
 LIVE = "live"
 SUSPECTED = "suspected"
@@ -30,9 +32,13 @@ VERDICTS = (LIVE, SUSPECTED, CONFIRMED, DISPUTED, HELD, UNKNOWN)
 TOMBSTONED = "tombstoned"
 ABSENT = "absent"
 UNPROVEN = "unproven"
+ELSEWHERE = "elsewhere"
 
 RUNNING_POLICIES = ("never", TOMBSTONED, CONFIRMED)
 ZOMBIE_POLICIES = ("report", "notify_parent")
+
+# What a plan decides of the ledger; the rest is bookkeeping of the host.
+LEDGER_KEYS = ("host", "machine_id", "manifest", "strikes", "intents", "reaped", "latch")
 
 DEFAULT_POLICY = {
     "realm": None,
@@ -43,6 +49,9 @@ DEFAULT_POLICY = {
     "running": TOMBSTONED,
     "zombies": "notify_parent",
     "keep": [],
+    "reused_ids": [],
+    "adopt_host": False,
+    "clear_latch": "",
     "expect_empty": "",
     "max_per_host": 100,
     "max_percent_per_host": 50,
@@ -72,15 +81,43 @@ def complete_policy(policy):
     for key, allowed in (("running", RUNNING_POLICIES), ("zombies", ZOMBIE_POLICIES)):
         if full[key] not in allowed:
             raise PolicyError("reap_%s must be one of %s, not %r" % (key, ", ".join(allowed), full[key]))
-    if not isinstance(full["keep"], list) or not all(isinstance(pattern, str) for pattern in full["keep"]):
-        raise PolicyError("reap_keep must be a list of VM ids or glob patterns, not %r" % (full["keep"],))
-    return full
+    try:
+        [re.compile(pattern) for pattern in full["reused_ids"]]
+    except (re.error, TypeError) as err:
+        raise PolicyError(
+            "reap_reused_ids must be a list of regular expressions, not %r: %s" % (full["reused_ids"], err)
+        ) from None
+    if not isinstance(full["keep"], list):
+        raise PolicyError("reap_keep must be a list, not %r" % (full["keep"],))
+    return dict(full, keep=[pin(one) for one in full["keep"]])
+
+
+def pin(text):
+    """Return ``{pattern, until}`` of a pin: an id or a glob pattern, maybe with ``until YYYY-MM-DD`` behind it.
+
+    ``until`` is in seconds since 1970, the end of that day in UTC, or None. Raises PolicyError.
+    """
+    if isinstance(text, dict) and set(text) == {"pattern", "until"}:
+        return text
+    words = text.split() if isinstance(text, str) else []
+    if len(words) == 1:
+        return {"pattern": words[0], "until": None}
+    try:
+        if len(words) != 3 or words[1] != "until":
+            raise ValueError(text)
+        day = datetime.datetime.strptime(words[2], "%Y-%m-%d").replace(tzinfo=datetime.UTC)
+    except ValueError:
+        raise PolicyError(
+            "reap_keep: %.200r is neither an id or glob pattern nor one with 'until YYYY-MM-DD'" % (text,)
+        ) from None
+    return {"pattern": words[0], "until": day.timestamp() + 86400}
 
 
 def plan(facts, share, policy, kinds):
     """Return the PLAN of one host.
 
-    facts   what gather read: ``{realm, boot_id, machine_id, boottime_seconds, ledger, ledger_problem, kinds}``
+    facts   what gather read: ``{realm, boot_id, machine_id, boottime_seconds, ledger, ledger_problem, kinds}`` and
+            optionally ``other_realms, pins``
     share   what the live manifest says of this host and of the ids in the facts: ``{realm, source, epoch, epochs,
             generated_at, age, count, proven, host_known, live: [vm_id], elsewhere: {vm_id: [host]},
             tombstones: {vm_id: seconds since destroyed, or null}}``; ``age`` in seconds when it was fetched
@@ -110,6 +147,8 @@ def plan(facts, share, policy, kinds):
         "manifest": _remembered(facts["ledger"]["manifest"], share, policy),
         "strikes": judge.strikes,
         "intents": kept,
+        "reaped": _still_gone(facts, share),
+        "latch": None,
     }
     return _plan(facts, share, policy, families=families, tokens=tokens, ledger=ledger, counts=counts)
 
@@ -154,7 +193,7 @@ def _by_family(resources):
 
 def _refuse(facts, share, policy, resources):
     """Return None or ``{code, message}``. Where there is nothing to decide about, an empty list cannot do harm."""
-    ledger, host, realm = facts["ledger"], policy["host"], policy["realm"]
+    ledger, realm = facts["ledger"], policy["realm"]
     something = bool(resources or ledger["strikes"] or ledger["intents"])
     if facts["realm"] != realm or share["realm"] != realm:
         return _refusal(
@@ -162,18 +201,68 @@ def _refuse(facts, share, policy, resources):
             "the sweep is for realm %r, the facts are of %r and the live source speaks for %r"
             % (realm, facts["realm"], share["realm"]),
         )
+    latch = None if policy["clear_latch"] == realm else ledger["latch"] or _false_positive(ledger, share, policy)
+    if latch:
+        return latch
+    return (None if policy["adopt_host"] else _stranger(facts, policy)) or _untrusted(facts, share, policy, something)
+
+
+def _false_positive(ledger, share, policy):
+    """Return a refusal when a VM of which something was removed on this host is live on it now."""
+    for vm_id in sorted(set(ledger["reaped"]) & set(share["live"])):
+        if any(re.fullmatch(pattern, vm_id) for pattern in policy["reused_ids"]):
+            continue
+        when = datetime.datetime.fromtimestamp(ledger["reaped"][vm_id], datetime.UTC)
+        return _refusal(
+            "latched",
+            "something of the VM %s was removed on the host %s at %s, and the live source %s lists it there now: it "
+            "was alive then, or its id is used again; nothing more is removed in realm %s until a person looked and "
+            "clears this with reap_clear_latch=%s (ids that are used again belong in reap_reused_ids)"
+            % (
+                vm_id,
+                policy["host"],
+                when.strftime("%Y-%m-%dT%H:%M:%SZ"),
+                share["source"],
+                policy["realm"],
+                policy["realm"],
+            ),
+        )
+    return None
+
+
+def _still_gone(facts, share):
+    live = set(share["live"])
+    return {vm_id: when for vm_id, when in facts["ledger"]["reaped"].items() if vm_id not in live}
+
+
+def _stranger(facts, policy):
+    """Refuse a host that is not the one that wrote the ledger; reap_adopt_host binds it anew."""
+    ledger, host = facts["ledger"], policy["host"]
+    others = facts.get("other_realms") or []
+    if others and not ledger["generation"]:
+        return _refusal(
+            "realm_changed",
+            "this host has been swept for realm %s and never for %r; if both are right, say so once with "
+            "reap_adopt_host=true" % (", ".join(repr(other) for other in others), policy["realm"]),
+        )
     if ledger["machine_id"] not in (None, facts["machine_id"]):
         return _refusal(
             "machine_id_changed",
-            "this host's ledger was written by machine %s, but this is machine %s: a cloned or replaced host; remove "
-            "the ledger by hand if that is intended" % (ledger["machine_id"], facts["machine_id"]),
+            "this host's ledger was written by machine %s, but this is machine %s: a cloned or replaced host; if that "
+            "is intended, say so once with reap_adopt_host=true" % (ledger["machine_id"], facts["machine_id"]),
         )
     if ledger["host"] not in (None, host):
         return _refusal(
             "host_renamed",
-            "this host is bound to the name %r, but is called %r now (reap_host_id); remove the ledger by hand if that "
-            "is intended" % (ledger["host"], host),
+            "this host is bound to the name %r, but is called %r now (reap_host_id); if that is intended, say so once "
+            "with reap_adopt_host=true" % (ledger["host"], host),
         )
+    return None
+
+
+def _untrusted(facts, share, policy, something):
+    """Refuse a list that cannot be believed for this host."""
+    ledger, host, realm = facts["ledger"], policy["host"], policy["realm"]
     if something and not share["host_known"]:
         return _refusal("host_unknown", "the live source does not know the host %r, so it cannot speak for it" % host)
     if share["count"] == 0 and something and policy["expect_empty"] != realm:
@@ -224,6 +313,10 @@ class _Judge:
         self.live = set(share["live"])
         # The list says nothing about what came after it was made, so its own age is not time that was watched.
         self.min_age = policy["min_age"] + share["age"]
+        self.now = share["generated_at"] + share["age"]
+        self.pins = [("reap_keep", one) for one in policy["keep"]] + [
+            ("the host's pin file", _lenient_pin(line)) for line in facts.get("pins") or []
+        ]
         self.unreadable = {kind: _unreadable(facts, kind, kinds) for kind in kinds}
         self.strikes = {}
 
@@ -291,11 +384,16 @@ class _Judge:
             return UNPROVEN
         return TOMBSTONED if vm_id in self.share["tombstones"] else ABSENT
 
+    def evidence_of(self, member):
+        """Return the evidence as a token carries it: what lives elsewhere is no proof of a false positive later."""
+        vm_id = member["vm_id"]
+        return ELSEWHERE if vm_id in self.share["elsewhere"] else self._evidence(vm_id)
+
     def _held(self, vm_id, members):
         """Return the reasons for which the whole family has to wait, without a strike."""
-        pin = self.pin(vm_id)
-        if pin:
-            return [_reason("pinned", "reap_keep names it (%s)" % pin)]
+        pinned = self.pin(vm_id)
+        if pinned:
+            return [_reason("pinned", pinned)]
         since = self.share["tombstones"].get(vm_id)
         if since is not None and since < self.policy["min_age"]:
             return [_reason("recently_destroyed", "destroyed %d s ago; its platform may still be cleaning" % since)]
@@ -317,8 +415,11 @@ class _Judge:
         return []
 
     def pin(self, vm_id):
-        """Return the pattern of reap_keep that names the VM, or None."""
-        return next((pattern for pattern in self.policy["keep"] if fnmatch.fnmatchcase(vm_id, pattern)), None)
+        """Return who wants the VM left alone, in words, or None."""
+        for where, one in self.pins:
+            if fnmatch.fnmatchcase(vm_id, one["pattern"]) and (one["until"] is None or self.now < one["until"]):
+                return "%s names it (%s)" % (where, one["pattern"])
+        return None
 
     def _still_running(self, member, evidence):
         return _reason(
@@ -332,7 +433,7 @@ class _Judge:
             return _reason(TOMBSTONED, "the live source says that the VM was destroyed")
         elsewhere = self.share["elsewhere"].get(vm_id)
         if elsewhere:
-            return _reason("elsewhere", "the VM lives on %s, not here" % ", ".join(elsewhere))
+            return _reason(ELSEWHERE, "the VM lives on %s, not here" % ", ".join(elsewhere))
         return _reason(ABSENT, "the live source does not list the VM")
 
     @staticmethod
@@ -344,6 +445,14 @@ class _Judge:
             "reasons": list(reasons),
             "resources": [dict(member, verdict=verdict, reasons=[]) for member in members],
         }
+
+
+def _lenient_pin(line):
+    """A line of a pin file that says more than can be understood pins what its first word says, without an end."""
+    try:
+        return pin(line)
+    except PolicyError:
+        return {"pattern": line.split()[0], "until": None}
 
 
 def _unreadable(facts, kind, kinds):
@@ -379,7 +488,7 @@ def _tokens(families, kinds, judge):
                 going[_key(member)] = member
     while _hold_back(going) or _hold_busy(going, kinds):
         pass
-    return [_token(member, kinds) for member in going.values()]
+    return [_token(member, kinds, judge.evidence_of(member)) for member in going.values()]
 
 
 def _hold_back(going):
@@ -415,13 +524,14 @@ def _stops(member, kinds):
     return member["in_use"] and kinds[member["kind"]]["stops"]
 
 
-def _token(member, kinds):
+def _token(member, kinds, evidence):
     return {
         "kind": member["kind"],
         "name": member["name"],
         "vm_id": member["vm_id"],
         "identity": member["identity"],
         "parent": member["parent"],
+        "evidence": evidence,
         "stop": _stops(member, kinds),
         "details": member["details"],
     }
@@ -527,7 +637,7 @@ def _counts(facts, families, tokens, verdict=None):
 def _plan(facts, share, policy, *, refused=None, families=None, tokens=(), ledger=None, counts=None):
     families = families or {}
     before = facts["ledger"]
-    ledger = ledger or {key: before[key] for key in ("host", "machine_id", "manifest", "strikes", "intents")}
+    ledger = ledger or {key: before[key] for key in LEDGER_KEYS}
     return {
         "host": policy["host"],
         "realm": policy["realm"],

@@ -2,7 +2,8 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 """Presets: which names on a host are those of VMs, for systems whose leftovers we know. Data, one YAML file each.
 
-PRESET ``{description, rules: {kind: [RULE]}}``; what a RULE may say is the RULE spec of its kind.
+PRESET ``{description, rules: {kind: [RULE]}, reused_ids: [regular expression]}``;
+what a RULE may say is the RULE spec of its kind.
 """
 
 from __future__ import annotations
@@ -49,6 +50,11 @@ def rules(presets, *, cgroup_roots=(), jail_bases=(), containerd_namespaces=(), 
     return merged
 
 
+def reused_ids(presets):
+    """Return the patterns of ids that the platforms of these presets use again."""
+    return [pattern for preset in presets for pattern in _load(preset)[1].get("reused_ids") or []]
+
+
 def _load(preset):
     if isinstance(preset, dict):
         return "(inline)", _shape("(inline)", preset)
@@ -61,6 +67,9 @@ def _load(preset):
 def _shape(name, content):
     if not isinstance(content, dict) or not isinstance(content.get("rules"), dict):
         raise PresetError("preset %s: a mapping with 'rules' (kind: [rule]) was expected" % name)
+    reused = content.get("reused_ids") or []
+    if not isinstance(reused, list) or not all(isinstance(pattern, str) for pattern in reused):
+        raise PresetError("preset %s: 'reused_ids' must be a list of regular expressions" % name)
     for kind, kind_rules in content["rules"].items():
         if not isinstance(kind_rules, list) or not all(isinstance(rule, dict) for rule in kind_rules):
             raise PresetError("preset %s: the rules of %s must be a list of mappings" % (name, kind))

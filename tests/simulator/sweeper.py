@@ -15,7 +15,8 @@ from . import actions
 from .control_plane import MAX_AGE
 from .world import REALM
 
-POLICY = {"realm": REALM, "max_per_host": 4, "max_percent_per_host": 80, "percent_floor": 4}
+CAPS = {"max_per_fleet": 1000, "max_percent": 100, "percent_floor": 4}
+POLICY = {"realm": REALM, "reused_ids": [".*"], "max_per_host": 4, "max_percent_per_host": 80, "percent_floor": 4}
 # A person who has looked, and lets one sweep through.
 LIFTED = dict(POLICY, max_per_host=1000, max_percent_per_host=100, max_shrink_percent=100)
 
@@ -110,7 +111,7 @@ class Sweeper:
             ids.update(token["vm_id"] for token in one["ledger"]["intents"])
             policy = dict(sweep.policy, host=host.name)
             sweep.plans[host] = planner.plan(one, share(lists, host.name, ids), policy, TRAITS)
-        sweep.stopped, refused = brake.brake({host.name: plan for host, plan in sweep.plans.items()})
+        sweep.stopped, refused = brake.brake({host.name: plan for host, plan in sweep.plans.items()}, CAPS)
         for host, plan in sweep.plans.items():
             plan["refused"] = plan["refused"] or refused.get(host.name)
 

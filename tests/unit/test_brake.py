@@ -8,8 +8,10 @@ import pytest
 from ansible_collections.microvm.reaper.plugins.plugin_utils.brake import BATCH_CODES, brake
 
 
-def plan(code=None, machine_id=None):
+def plan(code=None, machine_id=None, dying=0, live=100):
     return {
+        "reap": [{"vm_id": "v%d" % number} for number in range(dying) for _kind in ("cgroup", "jail")],
+        "manifest": {"count": live},
         "refused": {"code": code, "message": "because of %s" % code} if code else None,
         "ledger": {"machine_id": machine_id},
     }
@@ -40,3 +42,31 @@ def test_row_05_clones():
     assert abort is None
     assert {host: one["code"] for host, one in refused.items()} == dict.fromkeys(("h1", "h3"), "cloned_machine_id")
     assert "h1 and h3" in refused["h1"]["message"]
+
+
+CAPS = {"max_per_fleet": 20, "max_percent": 30, "percent_floor": 10}
+
+
+@pytest.mark.parametrize(
+    ("plans", "spent", "stopped"),
+    [
+        ({"h1": plan(dying=10), "h2": plan(dying=10)}, 0, None),
+        ({"h1": plan(dying=10), "h2": plan(dying=11)}, 0, "reap_max_per_fleet=20"),
+        ({"h1": plan(dying=1)}, 20, "20 of them in earlier batches"),
+        ({"h1": plan(dying=6, live=14), "h2": plan(dying=5, live=14)}, 0, "beside 14 that live: 44 %"),
+        ({"h1": plan(dying=10, live=1)}, 0, None),
+        ({"h1": plan("machine_id_changed", dying=21)}, 0, None),
+    ],
+)
+def test_row_34_the_fleet_has_a_cap_of_its_own_over_all_batches(plans, spent, stopped):
+    abort, _refused = brake(plans, CAPS, spent)
+    assert (abort is None) == (stopped is None)
+    if abort:
+        assert abort["code"] == "fleet_cap"
+        assert stopped in abort["message"]
+
+
+def test_row_35_a_latch_of_one_host_holds_for_all():
+    abort, refused = brake({"h1": plan("latched"), "h2": plan(dying=1), "h3": plan("blind")}, CAPS)
+    assert abort is None
+    assert {host: one["code"] for host, one in refused.items()} == dict.fromkeys(["h1", "h2", "h3"], "latched")

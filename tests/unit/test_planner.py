@@ -62,6 +62,7 @@ def test_a_token_says_all_that_the_act_has_to_compare():
             "vm_id": "v1",
             "identity": "id of v1.cgroup",
             "parent": "p",
+            "evidence": "absent",
             "stop": True,
             "details": {"a": 1},
         }

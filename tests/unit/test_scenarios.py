@@ -1,6 +1,6 @@
 # Copyright: The microvm.reaper authors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""Every scenario of docs/scenarios.md is named by a test, in its name (test_row_12_13_...) or in its docstring (Row 12)."""
+"""Every scenario of docs/scenarios.md is named by a test, in its name (test_row_12_...) or docstring (Row 12)."""
 
 import re
 from pathlib import Path

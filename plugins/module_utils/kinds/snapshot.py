@@ -60,7 +60,10 @@ def inspect(token, rules, host):
     if vm_id != token["vm_id"]:
         return r.outcome(token, r.FAILED, "by the rules it is not a snapshot of this VM")
     holders = _pins(snapshot, rule) + _referrers(client, snapshotter, client.snapshots(snapshotter)).get(key, [])
-    holders += _mounted(client, snapshotter, snapshot)
+    try:
+        holders += _mounted(client, snapshotter, snapshot)
+    except containerd.NotFound:  # collected by containerd itself meanwhile, after its container
+        return r.outcome(token, r.ALREADY_GONE)
     if holders:
         return r.outcome(token, r.DEFERRED, "referred to by others", holders=holders)
     return None
