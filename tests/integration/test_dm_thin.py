@@ -254,7 +254,12 @@ UNUSE = "kill $(cat /run/user); rm /run/user; umount /mnt; dmsetup remove on-it;
 @pytest.mark.parametrize(
     ("use", "kind", "named"),
     [
-        ("setsid sleep 1000 < /dev/mapper/hyper-rw-vdead > /dev/null 2>&1 & echo $! > /run/user", "process", "sleep"),
+        (
+            "setsid sleep 1000 < /dev/mapper/hyper-rw-vdead > /dev/null 2>&1 & echo $! > /run/user; "
+            "until dmsetup info -c --noheadings -o open hyper-rw-vdead | grep -q 1; do sleep 0.05; done",
+            "process",
+            "sleep",
+        ),
         ("mkfs.ext4 -qF /dev/mapper/hyper-rw-vdead; mount /dev/mapper/hyper-rw-vdead /mnt", "mount", "/mnt"),
         ("echo 0 2048 linear /dev/mapper/hyper-rw-vdead 0 | dmsetup create on-it", "device", "on-it"),
         ("mkswap /dev/mapper/hyper-rw-vdead; swapon /dev/mapper/hyper-rw-vdead", "swap", "/dev/"),

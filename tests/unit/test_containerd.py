@@ -239,7 +239,8 @@ class World:
     def snapshots_stat(self, ask):
         return [{"info": self.find(self.snapshots, ask["key"])}]
 
-    def snapshots_mounts(self, _ask):
+    def snapshots_mounts(self, ask):
+        self.find(self.snapshots, ask["key"])
         return [{"mounts": self.mounts}]
 
     def snapshots_usage(self, ask):
@@ -508,6 +509,16 @@ def test_a_child_made_right_before_the_removal_holds(world):
     found = snapshot.remove(one, rules, Host())
     assert result(found) == ("deferred", [("child", "vms/overlayfs/kid")])
     assert found["message"] == "cannot remove snapshot with child"
+
+
+def test_a_snapshot_that_containerd_collects_meanwhile_is_gone(world):
+    rules = [dict(world.place, name="(?P<vm_id>s)")]
+    world.add_snapshot("s")
+    one = token(world, snapshot, rules, "vms/overlayfs/s")
+    for call in ("Mounts", "Remove"):
+        world.add_snapshot("s")
+        world.on["snapshots.v1.Snapshots/" + call] = world.snapshots.clear
+        assert snapshot.remove(one, rules, Host())["outcome"] == "already_gone"
 
 
 @pytest.mark.parametrize("changed", [{"seconds": 1001}, {"kind": 3}, {"parent": "other"}])
