@@ -32,8 +32,8 @@ pytestmark = [
 
 FEW = {"live": 2, "orphans": 2, "containers": 0}
 BUILDS = {"live": 1, "orphans": 2, "containers": 1}
-# However fast or slow this machine is: every sweep is far enough from the one before.
-QUICK = {"reap_min_age": 0, "reap_strike_interval": 0.1}
+# However slow or fast this machine is, every sweep is far enough from the last one; and half of all VMs here are dead.
+QUICK = {"reap_min_age": 0, "reap_strike_interval": 0.1, "reap_max_percent": 100}
 STATE = "/var/lib/microvm.reaper"
 
 
@@ -487,13 +487,16 @@ def test_the_hosts_that_answer_are_swept(pair: Fleet, tmp_path: Path) -> None:
     assert codes == [4, 4] and pair.check("gone") == []
 
 
-def test_a_cap_that_is_tripped_on_one_host_stops_all(pair: Fleet, tmp_path: Path) -> None:
+def test_a_cap_that_is_tripped_on_one_host_or_by_all_stops_all(pair: Fleet, tmp_path: Path) -> None:
     """Row 34: before the first removal anywhere, and no sweep takes the first few."""
     struck(pair, FEW)
     before = ledgers(pair)
-    done = sweep(pair, *inventory(tmp_path / "more.yml", two={"reap_max_per_host": 1}))
-    assert done.code == 2 and not done.outcomes()
-    assert "STOPPED (host_cap): two: 2 VMs would be reaped on this host, more than reap_max_per_host=1" in done.output
+    on_two = sweep(pair, *inventory(tmp_path / "more.yml", two={"reap_max_per_host": 1}))
+    assert "(host_cap): two: 2 VMs would be reaped on this host, more than reap_max_per_host=1" in on_two.output
+    by_all = sweep(pair, reap_max_per_fleet=3)
+    assert "(fleet_cap): 4 VMs would be reaped in this run, more than reap_max_per_fleet=3" in by_all.output
+    for done in (on_two, by_all):
+        assert done.code == 2 and not done.outcomes()
     assert ledgers(pair) == before and pair.check("there") == []
     assert sweep(pair).code == 0
     assert pair.check("gone") == []
