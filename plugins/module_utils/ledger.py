@@ -11,8 +11,8 @@ STRIKE ``{identity, vm_id, strikes, first, last, boot_id}``; first and last are 
 
 ``generation`` counts the writes: a plan made from generation N is carried out on generation N only. ``intents`` are
 the removals that were begun and whose end is not known, so that the next sweep can finish what was cut short.
-``reaped`` are the VMs of which something was removed here, the latest ones; ``latch`` is null, or the ``{code, message}``
-of a VM that was reaped and turned out to live: nothing more is removed in the realm until a person has cleared it.
+``reaped`` are the VMs of which something was removed here, the latest ones. ``latch`` is null or ``{code, message}``,
+about a VM that was reaped and turned out to live: nothing more is removed in the realm until a person has cleared it.
 """
 
 from __future__ import annotations
