@@ -120,7 +120,7 @@ ansible_facts:
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.microvm.reaper.plugins.module_utils.all_kinds import ORDER
 from ansible_collections.microvm.reaper.plugins.module_utils.facts_module import rules_of_all_kinds
-from ansible_collections.microvm.reaper.plugins.module_utils.gather import gather, pack
+from ansible_collections.microvm.reaper.plugins.module_utils.gather import gather
 from ansible_collections.microvm.reaper.plugins.module_utils.ledger import LedgerError
 
 
@@ -140,11 +140,11 @@ def main():
     module = AnsibleModule(argument_spec=get_argument_spec(), supports_check_mode=True)
     params = module.params
     try:
-        facts = gather(ORDER, params["rules"], params["realm"], params["state_dir"], params["deadline"])
+        facts = gather(
+            ORDER, params["rules"], params["realm"], params["state_dir"], params["deadline"], params["packed"]
+        )
     except LedgerError as err:
         module.fail_json(msg=str(err))
-    if params["packed"]:
-        facts["packed"] = pack(facts.pop("kinds"))
     module.exit_json(changed=False, ansible_facts={"vm_resources": facts})
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import time
 import types
+import zlib
 
 import pytest
 from ansible_collections.microvm.reaper.plugins.module_utils import gather
@@ -132,3 +135,22 @@ def test_no_child_is_left_behind(monkeypatch):
 def children():
     with open("/proc/self/task/%d/children" % os.getpid()) as stream:
         return stream.read().split()
+
+
+def test_packed_facts_are_the_same_facts(tmp_path):
+    kinds = [
+        kind("a", lambda: {"resources": [{"name": "\u00e9\u2028\"'"}], "foreign": 1}),
+        kind("b", refuse),
+        kind("c", absent),
+    ]
+    rules = {"a": [{}], "b": [{}], "c": [{}], "d": []}
+    plain = gather.gather(kinds, rules, "prod", str(tmp_path), 10.0)
+    packed = gather.gather(kinds, rules, "prod", str(tmp_path), 10.0, packed=True)
+    found = json.loads(zlib.decompress(base64.b64decode(packed.pop("packed"))))
+    for entries in (found, plain["kinds"]):
+        entries["a"].pop("seconds")
+    assert found == plain.pop("kinds")
+    assert found["a"] == {"status": "ok", "reason": None, "resources": [{"name": "\u00e9\u2028\"'"}], "foreign": 1}
+    assert [one["status"] for one in found.values()] == ["ok", "unavailable", "absent"]
+    assert packed.keys() == plain.keys()
+    assert json.loads(zlib.decompress(base64.b64decode(gather.pack(found)))) == found
