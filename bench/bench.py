@@ -16,6 +16,7 @@ import os
 import random
 import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -166,6 +167,7 @@ class Host:
 
 @contextlib.contextmanager
 def loaded_host() -> Iterator[Host]:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench: ended by a signal"))  # and take the host down
     with contextlib.suppress(PermissionError):
         os.nice(-19)  # so that the host, which inherits it, is not measured by what else runs here
     with tempfile.TemporaryDirectory() as state:
@@ -257,7 +259,9 @@ def removal(repeat: int) -> tuple[dict, list[str]]:
 
 
 def ids(facts: dict) -> set[str]:
-    return host_facts.vm_ids(host_facts.unpacked(facts))
+    """Return the ids of all VMs that have something on the host."""
+    kinds = host_facts.unpacked(facts)["kinds"]
+    return {one["vm_id"] for kind in kinds.values() for one in kind["resources"]}
 
 
 def confirmed(facts: dict, live: set[str]) -> dict:
@@ -268,7 +272,10 @@ def confirmed(facts: dict, live: set[str]) -> dict:
     later = dict(
         facts, ledger=dict(facts["ledger"], **first["ledger"]), boottime_seconds=facts["boottime_seconds"] + 3600
     )
-    return planner.plan(later, share(live), policy, TRAITS)
+    plan = planner.plan(later, share(live), policy, TRAITS)
+    if len(plan["reap"]) != 4 * EACH:
+        sys.exit(f"{len(plan['reap'])} planned to be removed: {plan['refused']}")
+    return plan
 
 
 def share(live: set[str]) -> dict:

@@ -29,6 +29,8 @@ ENV = {
     "LC_ALL": "C.UTF-8",
     "MOLECULE_COMMAND_BORDERS": "false",
     "PYTHONUNBUFFERED": "1",
+    # So that `hosts.py down --all` knows the hosts of this run, and leaves those of another alone.
+    "REAPER_TEST_OWNER": str(os.getpid()),
     **({} if sys.stdout.isatty() else {"NO_COLOR": "1"}),
 }
 # Each part of the suite: seconds until it is given up, and its commands.

@@ -105,6 +105,7 @@ class HostsError(Exception):
 
 # Set by a signal: threads that wait for a host or a command then give up.
 STOP = threading.Event()
+SAVING = threading.Lock()
 
 
 # --- processes, known by pid and start time
@@ -491,8 +492,9 @@ class Run:
     def save(self) -> None:
         self.record.parent.mkdir(parents=True, exist_ok=True)
         partial = self.record.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(self), indent=1))
-        partial.rename(self.record)
+        with SAVING:  # hosts are started in parallel, and each saves the run
+            partial.write_text(json.dumps(asdict(self), indent=1))
+            partial.rename(self.record)
 
     def log(self, host: Host) -> Path:
         return Path(self.state) / f"{host.name}.log"
