@@ -78,7 +78,7 @@ def load(state_dir, realm):
     except FileNotFoundError:
         return empty(realm), None
     except OSError as err:
-        raise LedgerError("cannot read the ledger %s: %s" % (path, err.strerror)) from err
+        raise LedgerError("cannot read the ledger %s: %s" % (path, _why(err))) from err
     try:
         if len(data) > MAX_BYTES:
             raise ValueError("larger than %d bytes" % MAX_BYTES)
@@ -104,7 +104,7 @@ def save(state_dir, realm, ledger):
         os.rename(temporary, path)
         _sync_directory(os.path.dirname(path))
     except OSError as err:
-        raise LedgerError("cannot write the ledger %s: %s" % (path, err.strerror)) from err
+        raise LedgerError("cannot write the ledger %s: %s" % (path, _why(err))) from err
     return written
 
 
@@ -115,7 +115,7 @@ def other_realms(state_dir, realm):
     except FileNotFoundError:
         return []
     except OSError as err:
-        raise LedgerError("cannot read %s: %s" % (state_dir, err.strerror)) from err
+        raise LedgerError("cannot read %s: %s" % (state_dir, _why(err))) from err
     return sorted(name for name in names if name != realm and os.path.exists(path_of(state_dir, name)))
 
 
@@ -131,11 +131,17 @@ def pins(state_dir):
     except FileNotFoundError:
         return []
     except OSError as err:
-        raise LedgerError("cannot read the pins %s: %s" % (path, err.strerror)) from err
+        raise LedgerError("cannot read the pins %s: %s" % (path, _why(err))) from err
     if len(text) > MAX_PINS_BYTES:
         raise LedgerError("the pins %s are larger than %d bytes" % (path, MAX_PINS_BYTES))
     lines = (line.partition("#")[0].strip() for line in text.splitlines())
     return [line for line in lines if line]
+
+
+def _why(err):
+    """Return the reason in words, with the right that is missing."""
+    missing = err.errno in (errno.EACCES, errno.EPERM) and os.geteuid() != 0
+    return err.strerror + ("; the reaper has to run as root (become)" if missing else "")
 
 
 class Lock:
@@ -151,14 +157,14 @@ class Lock:
             _own_directory(self.state_dir)
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as err:
-            raise LedgerError("cannot open the lock %s: %s" % (self.path, err.strerror)) from err
+            raise LedgerError("cannot open the lock %s: %s" % (self.path, _why(err))) from err
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as err:
             os.close(self._descriptor)
             if err.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 raise Busy("another reaper works on this host (it holds %s)" % self.path) from err
-            raise LedgerError("cannot lock %s: %s" % (self.path, err.strerror)) from err
+            raise LedgerError("cannot lock %s: %s" % (self.path, _why(err))) from err
         return self
 
     def __exit__(self, *_exception):

@@ -150,6 +150,8 @@ def plan(facts, share, policy, kinds):
         "reaped": _still_gone(facts, share),
         "latch": None,
     }
+    if not _something(facts, resources) and not facts["ledger"]["generation"]:
+        ledger = None  # a host that never had anything of VMs is bound to nothing, and nothing is written on it
     return _plan(facts, share, policy, families=families, tokens=tokens, ledger=ledger, counts=counts)
 
 
@@ -181,6 +183,11 @@ def _resources(facts, kinds):
     ]
 
 
+def _something(facts, resources):
+    """Tell whether there is anything on the host to decide about."""
+    return bool(resources or facts["ledger"]["strikes"] or facts["ledger"]["intents"])
+
+
 def _by_family(resources):
     members = {}
     for resource in resources:
@@ -194,7 +201,7 @@ def _by_family(resources):
 def _refuse(facts, share, policy, resources):
     """Return None or ``{code, message}``. Where there is nothing to decide about, an empty list cannot do harm."""
     ledger, realm = facts["ledger"], policy["realm"]
-    something = bool(resources or ledger["strikes"] or ledger["intents"])
+    something = _something(facts, resources)
     if facts["realm"] != realm or share["realm"] != realm:
         return _refusal(
             "other_realm",
