@@ -141,6 +141,9 @@ def plan(facts, share, policy, kinds):
     counts = _counts(facts, families, tokens)
     if refused:
         return _plan(facts, share, policy, refused=refused, families=families, counts=counts)
+    if not _something(facts, resources) and not facts["ledger"]["generation"]:
+        # A host that never had anything of VMs is bound to nothing, and nothing is written on it.
+        return _plan(facts, share, policy, counts=counts)
     ledger = {
         "host": policy["host"],
         "machine_id": facts["machine_id"],
@@ -150,8 +153,6 @@ def plan(facts, share, policy, kinds):
         "reaped": _still_gone(facts, share),
         "latch": None,
     }
-    if not _something(facts, resources) and not facts["ledger"]["generation"]:
-        ledger = None  # a host that never had anything of VMs is bound to nothing, and nothing is written on it
     return _plan(facts, share, policy, families=families, tokens=tokens, ledger=ledger, counts=counts)
 
 
