@@ -228,6 +228,7 @@ class TestAListThatCannotBeBelieved:
 
 def test_an_empty_list_is_fine_where_there_is_nothing_to_decide_about(pair: Fleet) -> None:
     """Row 1."""
+    pair.plant(FEW)
     pair.clear()
     listed(pair, vms=[], count=0, tombstones=[])
     done = sweep(pair)
