@@ -677,14 +677,20 @@ def describe_failure(each: Run, host: Host, why: object) -> str:
     return f"host {host.name} ({host.backend}) did not come up: {why}\n  its console said last:\n{last}"
 
 
-def bring_up(each: Run, host: Host, settings: Settings) -> float:
-    """Start one host; seconds until it answered. With backend `auto`, emulation stands in for User-Mode Linux."""
+def bring_up(each: Run, host: Host, settings: Settings, tries: int = 3) -> float:
+    """Start one host; seconds until it answered. With backend `auto`, emulation stands in for User-Mode Linux.
+
+    An emulated kernel now and then dies of the emulation while it boots: it gets a few tries.
+    """
     started = time.monotonic()
     try:
         start(each, host, settings)
         await_ready(each, host, settings)
     except HostsError as why:
         failure = describe_failure(each, host, why)
+        if host.backend == "qemu" and tries > 1 and not STOP.is_set():
+            kill_marked(HOST_MARK, host.container)
+            return bring_up(each, host, settings, tries - 1)
         if STOP.is_set() or host.backend != "uml" or settings.backend == "uml":
             raise HostsError(failure) from why
         print(f"{failure}\n  trying qemu instead", file=sys.stderr, flush=True)
