@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Measure what a sweep costs; bench/README.md says what is compared with what.
 
-    bench.py              gather: the facts of a full host against the bare commands; exit 1 when a target is missed
-    bench.py removal      the removal of 200 orphans against the bare commands
-    bench.py planner      the plan of a host with 10,000 resources, and the index of 100,000 VMs
+    bench.py              gather and planner; exit 1 when a target is missed
+    bench.py gather       the facts of a full host against the bare commands
+    bench.py planner      the plans of a fleet with a million VMs against a plain difference of the ids
+    bench.py removal      the removal of 200 orphans against the bare commands; without a target
 
 gather and removal start a test host with a kernel of its own, which needs root (see tests/hosts/hosts.py).
 """
@@ -13,7 +14,6 @@ import ast
 import contextlib
 import json
 import os
-import random
 import re
 import shlex
 import signal
@@ -22,18 +22,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+
+import fleet
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "collections"))
 
-from ansible_collections.microvm.reaper.plugins.module_utils import ledger as ledgers  # noqa: E402
-from ansible_collections.microvm.reaper.plugins.module_utils import resource as r  # noqa: E402
 from ansible_collections.microvm.reaper.plugins.module_utils.all_kinds import TRAITS  # noqa: E402
-from ansible_collections.microvm.reaper.plugins.module_utils.gather import pack  # noqa: E402
 from ansible_collections.microvm.reaper.plugins.plugin_utils import facts as host_facts  # noqa: E402
-from ansible_collections.microvm.reaper.plugins.plugin_utils import manifest as manifests  # noqa: E402
 from ansible_collections.microvm.reaper.plugins.plugin_utils import planner, presets  # noqa: E402
 
 HOSTS = [sys.executable, str(ROOT / "tests/hosts/hosts.py")]
@@ -49,11 +47,15 @@ UNCAPPED = {"max_per_host": 10**6, "max_percent_per_host": 100, "min_age": 0}
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["gather", "removal", "planner"], default="gather")
+    parser.add_argument("what", nargs="*", choices=["gather", "planner", "removal"], default=["gather", "planner"])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there too")
     parser.add_argument("--repeat", type=int, default=15, metavar="N", help="how often to measure; default: 15")
     arguments = parser.parse_args()
-    numbers, missed = {"gather": gather, "removal": removal, "planner": planning}[arguments.what](arguments.repeat)
+    numbers, missed = {}, []
+    for what in arguments.what:
+        print(f"\n=== {what}")
+        numbers[what], failed = {"gather": gather, "planner": fleet.report, "removal": removal}[what](arguments.repeat)
+        missed += failed
     if arguments.json:
         arguments.json.write_text(json.dumps(numbers, indent=1) + "\n")
     for target in missed:
@@ -294,89 +296,6 @@ def share(live: set[str]) -> dict:
         "elsewhere": {},
         "tombstones": {},
     }
-
-
-# --- planner
-
-
-def planning(repeat: int) -> tuple[dict, list[str]]:
-    """Measure the controller's part in memory: 2,500 VMs of four resources each, a tenth of them dead, of 100,000."""
-    facts, live = made_up_facts(2500)
-    packed = dict({key: value for key, value in facts.items() if key != "kinds"}, packed=pack(facts["kinds"]))
-    vms = [(vm_id, ["h1"]) for vm_id in live] + [(f"other{number}", [f"h{number % 500}"]) for number in range(97750)]
-    manifest = dict(share(live), count=len(vms), hosts=[f"h{number}" for number in range(500)], vms=vms)
-    policy = {"realm": REALM, "host": "h1", **UNCAPPED}
-    with tempfile.TemporaryDirectory() as directory:
-        handle = manifests.handle(manifest, f"{directory}/handle.sqlite")
-        unpacked = host_facts.unpacked(packed)
-        wanted = host_facts.vm_ids(unpacked)
-        of_host = manifests.share(handle, "h1", wanted)
-        files = iter(range(10**6))
-        resources = [one for kind in unpacked["kinds"].values() for one in kind["resources"]]
-        alive = set(live)
-        listed = [vm_id for vm_id, _hosts in vms]
-        names = [f"v{number}" for number in range(100000)]
-        steps: dict[str, Callable[[], object]] = {
-            "plain difference of 10,000 resources": lambda: [one for one in resources if one["vm_id"] not in alive],
-            "unpack and check the facts": lambda: host_facts.unpacked(packed),
-            "share of the manifest": lambda: manifests.share(handle, "h1", wanted),
-            "plan": lambda: planner.plan(unpacked, of_host, policy, TRAITS),
-            "plain difference of 100,000 ids": lambda: set(names) - set(listed),
-            "index of 100,000 VMs": lambda: manifests.Index.write(f"{directory}/{next(files)}.sqlite", manifest),
-        }
-        seconds = {name: statistics.median(clock(step) for _round in range(repeat)) for name, step in steps.items()}
-        doomed = len(planner.plan(unpacked, of_host, policy, TRAITS)["reap"])
-    of_plan = seconds["plain difference of 10,000 resources"]
-    of_index = seconds["plain difference of 100,000 ids"]
-    ratios = {name: value / (of_index if "100,000" in name else of_plan) for name, value in seconds.items()}
-    for name, value in seconds.items():
-        print(f"{name:40} {value * 1000:9.2f} ms {ratios[name]:8.1f} x")
-    print(f"of {len(resources)} resources {doomed} are to be removed")
-    return {"seconds": seconds, "ratios": ratios, "reap": doomed}, []
-
-
-def clock(step: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    step()
-    return time.perf_counter() - begin
-
-
-def made_up_facts(vms: int) -> tuple[dict, set[str]]:
-    """Return facts with four resources of each VM, seen once before, and the ids that are live."""
-    every = [f"v{random.Random(number).randrange(10**12):012}" for number in range(vms)]
-    live = {vm_id for number, vm_id in enumerate(every) if number % 10}
-    kinds, strikes = {}, {}
-    for kind in ("cgroup", "jail", "dm_thin", "zombie"):
-        found = [
-            r.resource(
-                kind, f"/somewhere/{kind}/{vm_id}", vm_id, f"boot:{vm_id}", age_seconds=9000.0, details={"pool": "p"}
-            )
-            for vm_id in every
-        ]
-        kinds[kind] = {"status": "ok", "reason": None, "resources": found, "foreign": 0, "seconds": 0.1}
-        for one in found:
-            if one["vm_id"] not in live:
-                strike = {"identity": one["identity"], "vm_id": one["vm_id"], "strikes": 1, "boot_id": "boot"}
-                strikes[f"{kind} {one['name']}"] = dict(strike, first=1000.0, last=1000.0)
-    ledger = dict(ledgers.empty(REALM), strikes=strikes)
-    facts = {
-        "realm": REALM,
-        "boot_id": "boot",
-        "machine_id": "m1",
-        "boottime_seconds": 10000.0,
-        "ledger": ledger,
-        "ledger_problem": None,
-        "generation": 0,
-        "kinds": {
-            **kinds,
-            **{
-                kind: {"status": "ok", "reason": None, "resources": [], "foreign": 0}
-                for kind in TRAITS
-                if kind not in kinds
-            },
-        },
-    }
-    return facts, live
 
 
 if __name__ == "__main__":

@@ -67,6 +67,36 @@ def resource(
     }
 
 
+# What a resource has beside its kind, in the order of resource().
+COLUMNS = ("name", "vm_id", "identity", "in_use", "holders", "age_seconds", "bytes", "parent", "details")
+
+
+def columns(resources):
+    """Return resources of one kind as ``{key: [value of each]}``: a third of the text, and quick to check."""
+    return {key: [one[key] for one in resources] for key in COLUMNS}
+
+
+def rows(kind, table):
+    """Return the resources that columns() made ``table`` of."""
+    return [
+        {
+            "kind": kind,
+            "name": name,
+            "vm_id": vm_id,
+            "identity": identity,
+            "in_use": in_use,
+            "holders": holders,
+            "age_seconds": age_seconds,
+            "bytes": bytes_used,
+            "parent": parent,
+            "details": details,
+        }
+        for name, vm_id, identity, in_use, holders, age_seconds, bytes_used, parent, details in zip(
+            *[table[key] for key in COLUMNS]
+        )
+    ]
+
+
 def holder(kind_of_holder, name, *, kind=None):
     """Return one HOLDER. ``kind`` is set when the holder is a resource that may itself be in the plan."""
     found = {"type": kind_of_holder, "name": name}

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import base64
 import binascii
+import collections
 import json
 import math
 import zlib
 
 from ..module_utils import ledger as ledgers
-from ..module_utils.resource import MAX_NAME, VM_ID
+from ..module_utils.resource import COLUMNS, MAX_NAME, VM_ID, columns, rows
 
 MAX_UNPACKED = 256 * 1024 * 1024
 STATUSES = ("ok", "absent", "unavailable")
@@ -39,9 +40,7 @@ def unpacked(facts):
     if not isinstance(kinds, dict):
         raise FactsError("the facts are no mapping of kinds")
     ledger = _check_host(facts)
-    for kind, entry in kinds.items():
-        _check_kind(kind, entry)
-    return dict(facts, ledger=ledger, kinds=kinds)
+    return dict(facts, ledger=ledger, kinds={kind: _checked_kind(kind, entry) for kind, entry in kinds.items()})
 
 
 def vm_ids(facts):
@@ -85,47 +84,89 @@ def _check_host(facts):
         raise FactsError("this is no ledger: %.300s" % err) from err
 
 
-def _check_kind(kind, entry):
+def _checked_kind(kind, entry):
+    """Return the entry of one kind with its ``resources``, whether they came so or in ``columns``."""
     if not isinstance(kind, str) or not isinstance(entry, dict):
         raise FactsError("kind %.200r: a mapping was expected" % (kind,))
     if entry.get("status") not in STATUSES:
         raise FactsError("kind %s: status %.200r is none of %s" % (kind, entry.get("status"), ", ".join(STATUSES)))
     if not isinstance(entry.get("reason"), (str, type(None))) or not isinstance(entry.get("foreign", 0), int):
         raise FactsError("kind %s: 'reason' must be a text and 'foreign' a number" % kind)
-    if not isinstance(entry.get("resources"), list):
-        raise FactsError("kind %s: no list of resources" % kind)
-    if entry["status"] != "ok" and entry["resources"]:
+    table = entry["columns"] if "columns" in entry else _columns(kind, entry.get("resources"))
+    _check_columns(kind, table)
+    if entry["status"] != "ok" and table["name"]:
         raise FactsError("kind %s: resources, although it is %s" % (kind, entry["status"]))
-    names = set()
-    for resource in entry["resources"]:
-        _check(kind, resource)
-        if resource["name"] in names:
-            # A strike and an act belong to a name; of two things with one name neither could be told from the other.
-            raise FactsError("kind %s: two resources are called %.200r" % (kind, resource["name"]))
-        names.add(resource["name"])
+    rest = {key: value for key, value in entry.items() if key != "columns"}
+    return dict(rest, resources=rows(kind, table) if "columns" in entry else entry["resources"])
 
 
-def _check(kind, resource):
-    try:
-        good = (
-            resource["kind"] == kind
-            and isinstance(resource["name"], str)
-            and 0 < len(resource["name"]) <= MAX_NAME
-            and resource["name"].isprintable()
-            and isinstance(resource["identity"], str)
-            and VM_ID.fullmatch(resource["vm_id"])
-            and isinstance(resource["in_use"], bool)
-            and isinstance(resource["holders"], list)
-            and all(isinstance(holder[key], str) for holder in resource["holders"] for key in ("type", "name"))
-            and (resource["age_seconds"] is None or _is_number(resource["age_seconds"]))
-            and (resource["bytes"] is None or _is_number(resource["bytes"]))
-            and isinstance(resource["parent"], (str, type(None)))
-            and isinstance(resource["details"], dict)
-        )
-    except (KeyError, TypeError):
-        good = False
-    if not good:
-        raise FactsError("kind %s: not a resource: %.300r" % (kind, resource))
+def _columns(kind, resources):
+    if not isinstance(resources, list):
+        raise FactsError("kind %s: no list of resources" % kind)
+    for resource in resources:
+        if not isinstance(resource, dict) or resource.get("kind") != kind or not resource.keys() >= set(COLUMNS):
+            raise FactsError("kind %s: not a resource: %.300r" % (kind, resource))
+    return columns(resources)
+
+
+def _check_columns(kind, table):
+    if not isinstance(table, dict) or not table.keys() >= set(COLUMNS):
+        raise FactsError("kind %s: no columns %s" % (kind, ", ".join(COLUMNS)))
+    for key, are_good in _GOOD.items():
+        values = table[key]
+        if not isinstance(values, list) or len(values) != len(table["name"]):
+            raise FactsError("kind %s: the column '%s' is no list as long as the others" % (kind, key))
+        if not are_good(values):
+            bad = next(value for value in values if not are_good([value]))
+            raise FactsError("kind %s: '%s' of a resource cannot be %.300r" % (kind, key, bad))
+    if len(set(table["name"])) < len(table["name"]):
+        # A strike and an act belong to a name; of two things with one name neither could be told from the other.
+        twice = collections.Counter(table["name"]).most_common(1)[0][0]
+        raise FactsError("kind %s: two resources are called %.200r" % (kind, twice))
+
+
+# Each tells of a whole column at once, or of a part of it, whether its values are good: a host has thousands.
+
+
+def _are(types):
+    return lambda values: all(issubclass(found, types) for found in set(map(type, values)))
+
+
+def _are_names(values):
+    return (
+        _are(str)(values)
+        and "".join(values).isprintable()
+        and all(0 < length <= MAX_NAME for length in set(map(len, values)))
+    )
+
+
+def _are_vm_ids(values):
+    return _are(str)(values) and all(map(VM_ID.fullmatch, set(values)))
+
+
+def _are_numbers(values):
+    return _are((int, float, type(None)))(values) and all(map(_is_number, set(values) - {None}))
+
+
+def _are_holders(values):
+    return _are(list)(values) and all(
+        isinstance(holder, dict) and isinstance(holder.get("type"), str) and isinstance(holder.get("name"), str)
+        for holders in filter(None, values)
+        for holder in holders
+    )
+
+
+_GOOD = {
+    "name": _are_names,
+    "vm_id": _are_vm_ids,
+    "identity": _are(str),
+    "in_use": _are(bool),
+    "holders": _are_holders,
+    "age_seconds": _are_numbers,
+    "bytes": _are_numbers,
+    "parent": _are((str, type(None))),
+    "details": _are(dict),
+}
 
 
 def _is_number(value):

@@ -12,6 +12,7 @@ count, sha256, hosts, tombstones: [{vm_id, destroyed_at}], proven``
 
 from __future__ import annotations
 
+import collections
 import datetime
 import hashlib
 import math
@@ -58,8 +59,8 @@ def check(document, source, *, now, max_age, terminal_states=TERMINAL_STATES):
     _check_count(document, source)
     hosts = _hosts(document, vms, source)
     tombstones = dict.fromkeys(dead)
-    for number, tombstone in enumerate(_list(document, "tombstones", source)):
-        where = "%s: tombstones[%d]" % (source, number)
+    where = _Place(source, "tombstones")
+    for where.number, tombstone in enumerate(_list(document, "tombstones", source)):
         vm_id, destroyed_at = _vm_id(tombstone, where), tombstone.get("destroyed_at")
         since = None if destroyed_at is None else now - _instant(destroyed_at, where)
         tombstones[vm_id] = _shorter(since, tombstones.get(vm_id))
@@ -137,13 +138,14 @@ class Index:
         with connection:
             connection.execute("PRAGMA journal_mode = OFF")
             connection.execute("PRAGMA synchronous = OFF")
-            connection.execute("CREATE TABLE vm (vm_id TEXT, host TEXT, PRIMARY KEY (vm_id, host)) WITHOUT ROWID")
+            connection.execute("CREATE TABLE vm (host TEXT, vm_id TEXT, PRIMARY KEY (host, vm_id)) WITHOUT ROWID")
             connection.execute("CREATE TABLE tombstone (vm_id TEXT PRIMARY KEY, since REAL) WITHOUT ROWID")
             connection.execute("CREATE TABLE host (name TEXT PRIMARY KEY) WITHOUT ROWID")
-            connection.executemany(
-                "INSERT OR IGNORE INTO vm VALUES (?, ?)",
-                ((vm_id, host) for vm_id, hosts in manifest["vms"] for host in hosts or [""]),
-            )
+            # In order, and the second index at the end: half the time of trees that grow at random places.
+            places = _by_host(manifest["vms"])
+            ordered = ((host, vm_id) for host in sorted(places) for vm_id in sorted(places[host]))
+            connection.executemany("INSERT OR IGNORE INTO vm VALUES (?, ?)", ordered)
+            connection.execute("CREATE INDEX by_id ON vm (vm_id)")
             connection.executemany("INSERT INTO tombstone VALUES (?, ?)", manifest["tombstones"].items())
             connection.executemany(
                 "INSERT OR IGNORE INTO host VALUES (?)", ((name,) for name in manifest["hosts"] or [])
@@ -157,18 +159,21 @@ class Index:
         ``any_host_protects``: the manifest does not say which hosts it speaks for, so a VM that is named on another one
         may be here all the same under a name of this host that we do not know.
         """
-        live, elsewhere, tombstones = set(), {}, {}
+        elsewhere, tombstones = {}, {}
         connection = sqlite3.connect("file:%s?mode=ro" % urllib.parse.quote(self.path), uri=True)
         try:
-            ids = sorted(vm_ids)
-            for begin in range(0, len(ids), 500):
-                part = ids[begin:begin + 500]
+            # Most of what is on a host lives there: one range of the index. Only the others are looked up one by one.
+            here = connection.execute("SELECT vm_id FROM vm WHERE host = ?", (host,))
+            live = vm_ids & {vm_id for vm_id, in here}
+            for part in _parts(sorted(vm_ids - live)):
                 marks = ",".join("?" * len(part))
                 for vm_id, where in connection.execute("SELECT vm_id, host FROM vm WHERE vm_id IN (%s)" % marks, part):
-                    if any_host_protects or where in ("", host):
+                    if any_host_protects or not where:
                         live.add(vm_id)
                     else:
-                        elsewhere.setdefault(vm_id, []).append(where)
+                        elsewhere.setdefault(vm_id, set()).add(where)
+            for part in _parts(sorted(vm_ids - live)):
+                marks = ",".join("?" * len(part))
                 tombstones.update(
                     connection.execute("SELECT vm_id, since FROM tombstone WHERE vm_id IN (%s)" % marks, part)
                 )
@@ -181,6 +186,20 @@ class Index:
             "tombstones": tombstones,
             "host_listed": listed,
         }
+
+
+def _by_host(vms):
+    """Return ``{host: [vm_id]}``; those without a host are at ``""``."""
+    places = collections.defaultdict(list)
+    for vm_id, hosts in vms:
+        for host in hosts or ("",):
+            places[host].append(vm_id)
+    return places
+
+
+def _parts(ids):
+    """Yield parts of a list that are short enough for one statement."""
+    return (ids[begin:begin + 500] for begin in range(0, len(ids), 500))
 
 
 def handle(manifest, path):
@@ -216,30 +235,43 @@ def _check_age(age, max_age, source):
 
 
 def _check_count(document, source):
-    ids = [vm["vm_id"] for vm in document["vms"]]
-    count = document.get("count")
-    if count is not None and count != len(ids):
-        raise ManifestError("incomplete", "%s: 'count' is %.200r, but %d VMs are listed" % (source, count, len(ids)))
+    count, listed = document.get("count"), len(document["vms"])
+    if count is not None and count != listed:
+        raise ManifestError("incomplete", "%s: 'count' is %.200r, but %d VMs are listed" % (source, count, listed))
     checksum = document.get("sha256")
-    if checksum is not None and checksum != sha256(ids):
+    if checksum is not None and checksum != sha256(vm["vm_id"] for vm in document["vms"]):
         raise ManifestError("incomplete", "%s: 'sha256' does not belong to the VMs that are listed" % source)
 
 
 def _sorted_out(entries, source, terminal_states):
-    """Return ``([(vm_id, [host])], {ids in a terminal state})``."""
+    """Return ``([(vm_id, [host])], {ids in a terminal state})``.
+
+    A million VMs have a few states and some thousand hosts: what was found good once is not looked at again.
+    """
     vms, dead = [], set()
-    for number, vm in enumerate(entries):
-        where = "%s: vms[%d]" % (source, number)
+    is_terminal, alone_on = {}, {}
+    where = _Place(source, "vms")
+    for where.number, vm in enumerate(entries):
         vm_id = _vm_id(vm, where)
         state = vm.get("state")
-        if state is not None and _text(state, where + ".state").lower() in terminal_states:
-            dead.add(vm_id)
-            continue
-        also_on = _list(vm, "also_on", where)
-        if vm.get("host") is None:
-            vms.append((vm_id, []))
+        if state is not None:
+            if not isinstance(state, str) or state not in is_terminal:
+                is_terminal[state] = _text(state, where, ".state").lower() in terminal_states
+            if is_terminal[state]:
+                dead.add(vm_id)
+                continue
+        host, also_on = vm.get("host"), vm.get("also_on")
+        if also_on is not None:
+            also_on = _list(vm, "also_on", where)
+        if host is None:
+            hosts = []
+        elif also_on:
+            hosts = [_text(one, where, ".host") for one in [host] + also_on]
+        elif isinstance(host, str) and host in alone_on:
+            hosts = alone_on[host]
         else:
-            vms.append((vm_id, [_text(host, where + ".host") for host in [vm["host"]] + also_on]))
+            hosts = alone_on[host] = [_text(host, where, ".host")]
+        vms.append((vm_id, hosts))
     live = {vm_id for vm_id, _hosts_of_it in vms}
     return vms, dead - live
 
@@ -250,14 +282,24 @@ def _hosts(document, vms, source):
         return None
     known = {_text(host, "%s: hosts" % source) for host in _list(document, "hosts", source)}
     for vm_id, where in vms:
-        strange = [host for host in where if host not in known]
-        if strange:
+        if not known.issuperset(where):
+            strange = next(host for host in where if host not in known)
             raise ManifestError(
                 "unknown_host",
                 "%s: the VM %s is on host %r, which is not in the manifest's hosts; a host that goes by two names "
-                "would look empty" % (source, vm_id, strange[0]),
+                "would look empty" % (source, vm_id, strange),
             )
     return sorted(known)
+
+
+class _Place:
+    """Where in a document an entry stands; put into words only when there is something to say about it."""
+
+    def __init__(self, source, key):
+        self.source, self.key, self.number = source, key, 0
+
+    def __str__(self):
+        return "%s: %s[%d]" % (self.source, self.key, self.number)
 
 
 def _vm_id(entry, where):
@@ -279,9 +321,9 @@ def _list(mapping, key, where):
     return value or []
 
 
-def _text(value, where):
+def _text(value, where, key=""):
     if not isinstance(value, str) or not is_text(value):
-        raise ManifestError("not_a_manifest", "%s: a text was expected, not %.200r" % (where, value))
+        raise ManifestError("not_a_manifest", "%s%s: a text was expected, not %.200r" % (where, key, value))
     return value
 
 

@@ -17,6 +17,7 @@ The rules, in the order in which they are applied:
 
 from __future__ import annotations
 
+import collections
 import datetime
 import fnmatch
 import re
@@ -34,6 +35,8 @@ ABSENT = "absent"
 UNPROVEN = "unproven"
 ELSEWHERE = "elsewhere"
 
+# The grades of evidence on which something may be removed; a policy may have a value for each.
+GRADES = (TOMBSTONED, ABSENT)
 RUNNING_POLICIES = ("never", TOMBSTONED, CONFIRMED)
 ZOMBIE_POLICIES = ("report", "notify_parent")
 
@@ -45,6 +48,7 @@ DEFAULT_POLICY = {
     "host": None,
     "strikes": 2,
     "strike_interval": 60,
+    "hold": 0,
     "min_age": 60,
     "running": TOMBSTONED,
     "zombies": "notify_parent",
@@ -73,11 +77,12 @@ def complete_policy(policy):
     for key in ("realm", "host"):
         if not isinstance(full[key], str) or not full[key]:
             raise PolicyError("policy: '%s' must be a name, not %r" % (key, full[key]))
-    _number(full, "strikes", 2)
+    for key, least in (("strikes", 2), ("hold", 0)):
+        full[key] = _by_grade(key, full[key], least)
     for key in ("strike_interval", "min_age", "max_per_host", "percent_floor"):
-        _number(full, key, 0)
+        _check_number(key, full[key], 0)
     for key in ("max_percent_per_host", "max_shrink_percent"):
-        _number(full, key, 0, 100)
+        _check_number(key, full[key], 0, 100)
     for key, allowed in (("running", RUNNING_POLICIES), ("zombies", ZOMBIE_POLICIES)):
         if full[key] not in allowed:
             raise PolicyError("reap_%s must be one of %s, not %r" % (key, ", ".join(allowed), full[key]))
@@ -127,23 +132,24 @@ def plan(facts, share, policy, kinds):
     PLAN    ``{host, realm, manifest, refused, families, reap, ledger, ledger_changed, generation, counts, notices}``
     """
     policy = complete_policy(policy)
-    resources = _resources(facts, kinds)
-    refused = _refuse(facts, share, policy, resources)
+    refused = _refuse(facts, share, policy)
     if refused:
         return _plan(facts, share, policy, refused=refused, counts=_counts(facts, {}, [], UNKNOWN))
     judge = _Judge(facts, share, policy, kinds)
+    resources = _without_life(facts, kinds, judge.live)
     families = {vm_id: judge.family(vm_id, members) for vm_id, members in _by_family(resources)}
     judge.keep_unseen_strikes()
     tokens = _tokens(families, kinds, judge)
-    resumed, kept = _intents(facts, judge, families, kinds, resources)
+    resumed, kept = _intents(facts, judge, families, kinds)
     tokens = _in_order(tokens + resumed, kinds)
-    refused = _over_cap(families, tokens, policy)
-    counts = _counts(facts, families, tokens)
+    living = _living(facts, judge.live)
+    refused = _over_cap(living + len(set(families) | _vm_ids(tokens)), tokens, policy)
+    found = {"families": families, "living": living, "counts": _counts(facts, families, tokens, LIVE)}
     if refused:
-        return _plan(facts, share, policy, refused=refused, families=families, counts=counts)
-    if not _something(facts, resources) and not facts["ledger"]["generation"]:
+        return _plan(facts, share, policy, refused=refused, **found)
+    if not _something(facts) and not facts["ledger"]["generation"]:
         # A host that never had anything of VMs is bound to nothing, and nothing is written on it.
-        return _plan(facts, share, policy, counts=counts)
+        return _plan(facts, share, policy, **found)
     ledger = {
         "host": policy["host"],
         "machine_id": facts["machine_id"],
@@ -153,7 +159,7 @@ def plan(facts, share, policy, kinds):
         "reaped": _still_gone(facts, share),
         "latch": None,
     }
-    return _plan(facts, share, policy, families=families, tokens=tokens, ledger=ledger, counts=counts)
+    return _plan(facts, share, policy, tokens=tokens, ledger=ledger, **found)
 
 
 def is_permitted(running, evidence):
@@ -161,8 +167,30 @@ def is_permitted(running, evidence):
     return running == CONFIRMED and evidence != UNPROVEN or running == TOMBSTONED and evidence == TOMBSTONED
 
 
-def _number(policy, key, least, most=None):
-    value = policy[key]
+def _by_grade(key, value, least):
+    """Return ``{grade: number}`` of a number or of a mapping that has some of the grades."""
+    if not isinstance(value, dict):
+        value = dict.fromkeys(GRADES, value)
+    unknown = sorted(str(grade) for grade in set(value) - set(GRADES))
+    if unknown:
+        raise PolicyError(
+            "reap_%s has values for %s; the grades of evidence are %s" % (key, ", ".join(unknown), ", ".join(GRADES))
+        )
+    numbers = {grade: _number(value.get(grade, DEFAULT_POLICY[key])) for grade in GRADES}
+    for number in numbers.values():
+        _check_number(key, number, least)
+    return numbers
+
+
+def _number(value):
+    """Return the number that a text from the command line means; anything else as it is."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _check_number(key, value, least, most=None):
     # Written so that NaN, which is neither more nor less than anything, is refused too.
     if (
         isinstance(value, bool)
@@ -174,19 +202,25 @@ def _number(policy, key, least, most=None):
         raise PolicyError("reap_%s must be a number, %s, not %r" % (key, bounds, value))
 
 
-def _resources(facts, kinds):
+def _without_life(facts, kinds, live):
+    """Return the resources of VMs that are not live, by kind and name. All else costs no more than this look."""
     return [
         resource
         for kind in sorted(kinds, key=lambda kind: kinds[kind]["order"])
         for resource in sorted(
-            facts["kinds"].get(kind, {}).get("resources", []), key=lambda resource: resource["name"]
+            (one for one in _of_kind(facts, kind) if one["vm_id"] not in live), key=lambda one: one["name"]
         )
     ]
 
 
-def _something(facts, resources):
+def _of_kind(facts, kind):
+    return facts["kinds"].get(kind, {}).get("resources", [])
+
+
+def _something(facts):
     """Tell whether there is anything on the host to decide about."""
-    return bool(resources or facts["ledger"]["strikes"] or facts["ledger"]["intents"])
+    ledger = facts["ledger"]
+    return bool(ledger["strikes"] or ledger["intents"] or any(one["resources"] for one in facts["kinds"].values()))
 
 
 def _by_family(resources):
@@ -199,10 +233,9 @@ def _by_family(resources):
 # --- 1. what makes a host's inputs untrustworthy -----------------------------------------------------------------
 
 
-def _refuse(facts, share, policy, resources):
+def _refuse(facts, share, policy):
     """Return None or ``{code, message}``. Where there is nothing to decide about, an empty list cannot do harm."""
     ledger, realm = facts["ledger"], policy["realm"]
-    something = _something(facts, resources)
     if facts["realm"] != realm or share["realm"] != realm:
         return _refusal(
             "other_realm",
@@ -212,12 +245,12 @@ def _refuse(facts, share, policy, resources):
     latch = None if policy["clear_latch"] == realm else ledger["latch"] or _false_positive(ledger, share, policy)
     if latch:
         return latch
-    return (None if policy["adopt_host"] else _stranger(facts, policy)) or _untrusted(facts, share, policy, something)
+    return (None if policy["adopt_host"] else _stranger(facts, policy)) or _untrusted(facts, share, policy)
 
 
 def _false_positive(ledger, share, policy):
     """Return a refusal when a VM of which something was removed on this host is live on it now."""
-    for vm_id in sorted(set(ledger["reaped"]) & set(share["live"])):
+    for vm_id in sorted(set(ledger["reaped"]).intersection(share["live"])):
         if any(re.fullmatch(pattern, vm_id) for pattern in policy["reused_ids"]):
             continue
         when = datetime.datetime.fromtimestamp(ledger["reaped"][vm_id], datetime.UTC)
@@ -268,8 +301,9 @@ def _stranger(facts, policy):
     return None
 
 
-def _untrusted(facts, share, policy, something):
+def _untrusted(facts, share, policy):
     """Refuse a list that cannot be believed for this host."""
+    something = _something(facts)
     ledger, host, realm = facts["ledger"], policy["host"], policy["realm"]
     if something and not share["host_known"]:
         return _refusal("host_unknown", "the live source does not know the host %r, so it cannot speak for it" % host)
@@ -330,8 +364,6 @@ class _Judge:
 
     def family(self, vm_id, members):
         """Return ``{verdict, evidence, strikes, reasons, resources}``; members are judged in ``resources``."""
-        if vm_id in self.live:
-            return self._all(members, LIVE)
         evidence = self._evidence(vm_id)
         hold = self._held(vm_id, members)
         if hold:
@@ -343,12 +375,19 @@ class _Judge:
 
     def _struck(self, vm_id, members, evidence):
         """Give every member its strike; the family has as many as the member with the fewest."""
-        fewest = min([self._strike(member) for member in members])
+        # What is not proven is struck like what is absent, and never confirmed.
+        grade = ABSENT if evidence == UNPROVEN else evidence
+        fewest = min([self._strike(member, self.policy["strikes"][grade]) for member in members])
         reasons = [self._why(vm_id, evidence)]
-        verdict = CONFIRMED if fewest >= self.policy["strikes"] else SUSPECTED
+        verdict = CONFIRMED if fewest >= self.policy["strikes"][grade] else SUSPECTED
         if verdict == CONFIRMED and evidence == UNPROVEN:
             verdict = SUSPECTED
             reasons.append(_reason("unproven", "the live source did not prove that its list is complete"))
+        since = max(self.strikes[_key(member)]["first"] for member in members)
+        watched, hold = self.facts["boottime_seconds"] - since, self.policy["hold"][grade]
+        if verdict == CONFIRMED and watched < hold:
+            verdict = HELD
+            reasons.append(_reason("hold", "watched for %d s, and reap_hold is %d" % (watched, hold)))
         family = self._all(members, verdict, reasons, evidence, strikes=fewest)
         for judged in family["resources"]:
             why = self.unreadable[judged["kind"]]
@@ -356,7 +395,7 @@ class _Judge:
                 judged.update(verdict=UNKNOWN, reasons=[_reason("unreadable", why)])
         return family
 
-    def _strike(self, member):
+    def _strike(self, member, enough):
         """Count this sweep for one member, if it is far enough from the last one; return its strikes."""
         key = _key(member)
         before = self.facts["ledger"]["strikes"].get(key)
@@ -370,7 +409,7 @@ class _Judge:
         else:
             strike.update(strikes=before["strikes"], first=before["first"], last=before["last"])
         if (
-            strike["strikes"] < self.policy["strikes"]
+            strike["strikes"] < enough
             and now - strike["last"] >= self.policy["strike_interval"]
             and strike["last"] != now
         ):
@@ -378,7 +417,7 @@ class _Judge:
         self.strikes[key] = strike
         # An unknown age counts as young: until it has been watched for as long as the policy asks, it is one short.
         watched = now - strike["first"] >= self.min_age
-        return strike["strikes"] if watched else min(strike["strikes"], self.policy["strikes"] - 1)
+        return strike["strikes"] if watched else min(strike["strikes"], enough - 1)
 
     def keep_unseen_strikes(self):
         """What a kind that could not be read has earned before stays earned: it was not seen live, nor gone."""
@@ -560,7 +599,7 @@ def _in_order(tokens, kinds):
     return sorted(tokens, key=lambda token: (kinds[token["kind"]]["order"], -depth(token), token["name"]))
 
 
-def _intents(facts, judge, families, kinds, resources):
+def _intents(facts, judge, families, kinds):
     """Return ``(tokens to finish, intents to keep)`` for the removals that were cut short.
 
     Only some kinds can be half removed in a way that no later look shows; those tokens are planned again as they were,
@@ -568,8 +607,9 @@ def _intents(facts, judge, families, kinds, resources):
     and while their name is that of another object.
     """
     finish, keep = [], []
-    present = {_key(resource): resource["identity"] for resource in resources}
-    for token in facts["ledger"]["intents"]:
+    intents = facts["ledger"]["intents"]
+    present = {_key(one): one["identity"] for kind in kinds if intents for one in _of_kind(facts, kind)}
+    for token in intents:
         kind = kinds.get(token["kind"])
         if not kind or not kind.get("resumes") or present.get(_key(token)) == token["identity"]:
             continue  # what is still to be seen needs no memory
@@ -595,15 +635,14 @@ def _intents(facts, judge, families, kinds, resources):
 # --- 5. caps, counts, and the plan itself ------------------------------------------------------------------------
 
 
-def _over_cap(families, tokens, policy):
+def _over_cap(everybody, tokens, policy):
     """Refuse a plan that takes more VMs than the caps allow; percentages say nothing about a handful of VMs."""
-    doomed = len({token["vm_id"] for token in tokens})
+    doomed = len(_vm_ids(tokens))
     if doomed > policy["max_per_host"]:
         return _refusal(
             "host_cap",
             "%d VMs would be reaped on this host, more than reap_max_per_host=%d" % (doomed, policy["max_per_host"]),
         )
-    everybody = len(set(families) | {token["vm_id"] for token in tokens})
     percent = 100 * doomed / everybody if doomed else 0
     if doomed > policy["percent_floor"] and percent > policy["max_percent_per_host"]:
         return _refusal(
@@ -626,23 +665,32 @@ def _remembered(before, share, policy):
     }
 
 
-def _counts(facts, families, tokens, verdict=None):
-    """Return ``{kind: {total, foreign, bytes, <verdict>: n}}``; with ``verdict`` everything counts as that."""
+def _living(facts, live):
+    """Return how many live VMs have something on the host."""
+    return len({one["vm_id"] for kind in facts["kinds"].values() for one in kind["resources"]} & live)
+
+
+def _vm_ids(tokens):
+    return {token["vm_id"] for token in tokens}
+
+
+def _counts(facts, families, tokens, otherwise):
+    """Return ``{kind: {foreign, status, reap, <verdict>: n}}``; what belongs to no family counts as ``otherwise``."""
     counts = {}
     for kind, entry in facts["kinds"].items():
         counts[kind] = dict.fromkeys(VERDICTS, 0)
         counts[kind].update(foreign=entry.get("foreign", 0), status=entry["status"], reap=0)
-        if verdict:
-            counts[kind][verdict] = len(entry.get("resources", []))
+        counts[kind][otherwise] = len(entry["resources"])
     for family in families.values():
         for member in family["resources"]:
+            counts[member["kind"]][otherwise] -= 1
             counts[member["kind"]][member["verdict"]] += 1
     for token in tokens:
         counts[token["kind"]]["reap"] += 1
     return counts
 
 
-def _plan(facts, share, policy, *, refused=None, families=None, tokens=(), ledger=None, counts=None):
+def _plan(facts, share, policy, *, counts, refused=None, families=None, living=0, tokens=(), ledger=None):
     families = families or {}
     before = facts["ledger"]
     ledger = ledger or {key: before[key] for key in LEDGER_KEYS}
@@ -654,10 +702,11 @@ def _plan(facts, share, policy, *, refused=None, families=None, tokens=(), ledge
         "families": {
             vm_id: dict(family, resources=[_brief(member) for member in family["resources"]])
             for vm_id, family in sorted(families.items())
-            if family["verdict"] != LIVE
         },
         "vms": {
-            verdict: sum(1 for family in families.values() if family["verdict"] == verdict) for verdict in VERDICTS
+            **dict.fromkeys(VERDICTS, 0),
+            **collections.Counter(family["verdict"] for family in families.values()),
+            LIVE: living,
         },
         "reap": list(tokens),
         "ledger": ledger,

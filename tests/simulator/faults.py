@@ -16,16 +16,14 @@ from . import sweeper
 def strikes_are_not_cleared(patch):
     """A VM that is seen live keeps the strikes of its things."""
     judge = planner._Judge
-    family = judge.family
+    keep = judge.keep_unseen_strikes
 
-    def forgetful(self, vm_id, members):
-        if vm_id in self.live:
-            keys = [planner._key(member) for member in members]
-            before = self.facts["ledger"]["strikes"]
-            self.strikes.update({key: before[key] for key in keys if key in before})
-        return family(self, vm_id, members)
+    def forgetful(self):
+        keep(self)
+        before = self.facts["ledger"]["strikes"].items()
+        self.strikes.update({key: strike for key, strike in before if strike["vm_id"] in self.live})
 
-    patch.setattr(judge, "family", forgetful)
+    patch.setattr(judge, "keep_unseen_strikes", forgetful)
 
 
 def identity_by_name(patch):
@@ -33,11 +31,11 @@ def identity_by_name(patch):
     judge = planner._Judge
     strike = judge._strike
 
-    def careless(self, member):
+    def careless(self, member, *enough):
         before = self.facts["ledger"]["strikes"].get(planner._key(member))
         if before:
             before["identity"] = member["identity"]
-        return strike(self, member)
+        return strike(self, member, *enough)
 
     patch.setattr(judge, "_strike", careless)
 
@@ -62,8 +60,8 @@ def an_empty_list_is_trusted(patch):
     """No VM on the list: then nothing lives."""
     refuse = planner._refuse
 
-    def trusting(facts, share, policy, resources):
-        refused = refuse(facts, share, policy, resources)
+    def trusting(facts, share, policy):
+        refused = refuse(facts, share, policy)
         return None if refused and refused["code"] in ("blind", "shrunk") and share["count"] == 0 else refused
 
     patch.setattr(planner, "_refuse", trusting)
@@ -154,7 +152,8 @@ def holders_do_not_count(patch):
 def one_look_is_enough(patch):
     """Neither a second strike nor time is asked for."""
     complete_policy = planner.complete_policy
-    patch.setattr(planner, "complete_policy", lambda policy: dict(complete_policy(policy), strikes=1, min_age=0))
+    once = dict.fromkeys(planner.GRADES, 1)
+    patch.setattr(planner, "complete_policy", lambda policy: dict(complete_policy(policy), strikes=once, min_age=0))
 
 
 def intents_are_lost(patch):
@@ -167,9 +166,9 @@ def strikes_outlive_nothing(patch):
     judge = planner._Judge
     strike = judge._strike
 
-    def new_each_time(self, member):
+    def new_each_time(self, member, *enough):
         self.facts = dict(self.facts, ledger=dict(self.facts["ledger"], strikes={}))
-        return strike(self, member)
+        return strike(self, member, *enough)
 
     patch.setattr(judge, "_strike", new_each_time)
 
@@ -184,11 +183,11 @@ def names_hide_what_is_half_removed(patch):
     """An intent is dropped when another object has its name: the bug that this simulator found first."""
     intents = planner._intents
 
-    def by_name(facts, judge, families, kinds, resources):
-        present = {planner._key(resource) for resource in resources}
+    def by_name(facts, judge, families, kinds):
+        present = {planner._key(one) for kind in facts["kinds"].values() for one in kind["resources"]}
         ledger = facts["ledger"]
         begun = [token for token in ledger["intents"] if planner._key(token) not in present]
-        return intents(dict(facts, ledger=dict(ledger, intents=begun)), judge, families, kinds, resources)
+        return intents(dict(facts, ledger=dict(ledger, intents=begun)), judge, families, kinds)
 
     patch.setattr(planner, "_intents", by_name)
 
@@ -198,8 +197,8 @@ def every_sweep_writes(patch):
     judge = planner._Judge
     strike = judge._strike
 
-    def restless(self, member):
-        found = strike(self, member)
+    def restless(self, member, *enough):
+        found = strike(self, member, *enough)
         counted = self.strikes[planner._key(member)]
         counted["strikes"] += 1
         return found

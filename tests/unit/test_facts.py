@@ -11,6 +11,7 @@ import zlib
 
 import pytest
 from ansible_collections.microvm.reaper.plugins.module_utils.gather import pack
+from ansible_collections.microvm.reaper.plugins.module_utils.resource import COLUMNS
 from ansible_collections.microvm.reaper.plugins.plugin_utils import facts as module
 from ansible_collections.microvm.reaper.plugins.plugin_utils import planning
 from hypothesis import given, settings
@@ -146,9 +147,32 @@ def test_resources_that_are_none(key, value):
     for content in (dict(GOOD, kinds={"cgroup": {"status": "ok", "resources": [bad]}}),):
         with pytest.raises(module.FactsError, match="cgroup"):
             module.unpacked(content)
+    columns = {name: [one] for name, one in bad.items()}
+    if key != "kind":  # which columns do not have
+        with pytest.raises(module.FactsError, match="cgroup"):
+            module.unpacked(dict(GOOD, kinds={"cgroup": {"status": "ok", "columns": columns}}))
     missing = {name: value for name, value in thing("cgroup", "v1").items() if name != key}
     with pytest.raises(module.FactsError, match="cgroup"):
         module.unpacked(dict(GOOD, kinds={"cgroup": {"status": "ok", "resources": [missing]}}))
+
+
+@pytest.mark.parametrize("change", [{"age_seconds": []}, {"name": None}, {"bytes": [None, None]}, {"holders": "x"}])
+def test_columns_that_do_not_fit_together(change):
+    table = dict({key: [thing("cgroup", "v1")[key]] for key in COLUMNS}, **change)
+    with pytest.raises(module.FactsError, match="kind cgroup: the column '%s'" % next(iter(change))):
+        module.unpacked(dict(GOOD, kinds={"cgroup": {"status": "ok", "columns": table}}))
+
+
+@pytest.mark.parametrize("table", [None, [], {}, {"name": []}])
+def test_columns_that_are_none(table):
+    with pytest.raises(module.FactsError, match="kind cgroup: no columns name, vm_id"):
+        module.unpacked(dict(GOOD, kinds={"cgroup": {"status": "ok", "columns": table}}))
+
+
+def test_the_value_that_is_bad_is_named():
+    things = [thing("cgroup", "v%d" % number) for number in range(3)] + [thing("cgroup", "v3", name="a\x1bb")]
+    with pytest.raises(module.FactsError, match=r"kind cgroup: 'name' of a resource cannot be 'a\\x1bb'"):
+        module.unpacked(dict(GOOD, kinds={"cgroup": {"status": "ok", "resources": things}}))
 
 
 JUNK = st.recursive(

@@ -12,6 +12,7 @@ import zlib
 import pytest
 from ansible_collections.microvm.reaper.plugins.module_utils import gather
 from ansible_collections.microvm.reaper.plugins.module_utils.probe import Absent, Host, ProbeError, boottime
+from ansible_collections.microvm.reaper.plugins.module_utils.resource import resource, rows
 
 
 def kind(name, collect):
@@ -139,7 +140,7 @@ def children():
 
 def test_packed_facts_are_the_same_facts(tmp_path):
     kinds = [
-        kind("a", lambda: {"resources": [{"name": "\u00e9\u2028\"'"}], "foreign": 1}),
+        kind("a", lambda: {"resources": [resource("a", "\u00e9\u2028\"'", "v1", "x", bytes_used=7)], "foreign": 1}),
         kind("b", refuse),
         kind("c", absent),
     ]
@@ -147,10 +148,13 @@ def test_packed_facts_are_the_same_facts(tmp_path):
     plain = gather.gather(kinds, rules, "prod", str(tmp_path), 10.0)
     packed = gather.gather(kinds, rules, "prod", str(tmp_path), 10.0, packed=True)
     found = json.loads(zlib.decompress(base64.b64decode(packed.pop("packed"))))
+    for name, entry in found.items():
+        entry["resources"] = rows(name, entry.pop("columns"))
     for entries in (found, plain["kinds"]):
         entries["a"].pop("seconds")
     assert found == plain.pop("kinds")
-    assert found["a"] == {"status": "ok", "reason": None, "resources": [{"name": "\u00e9\u2028\"'"}], "foreign": 1}
+    assert found["a"]["foreign"] == 1 and [one["name"] for one in found["a"]["resources"]] == ["\u00e9\u2028\"'"]
     assert [one["status"] for one in found.values()] == ["ok", "unavailable", "absent"]
     assert packed.keys() == plain.keys()
-    assert json.loads(zlib.decompress(base64.b64decode(gather.pack(found)))) == found
+    again = json.loads(zlib.decompress(base64.b64decode(gather.pack(found))))
+    assert {name: dict(entry, resources=rows(name, entry.pop("columns"))) for name, entry in again.items()} == found

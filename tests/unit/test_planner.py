@@ -432,6 +432,48 @@ def test_a_chain_of_ten_thousand_holders_is_no_matter():
     assert names(sweep_twice(*chain)) == []
 
 
+def test_strikes_may_depend_on_the_evidence():
+    ledger, decided = ledgers.empty(REALM), []
+    host_share = share(tombstones={"v1": 9000.0})
+    for now in (1000.0, 1060.0, 1120.0, 1180.0):
+        result = plan(facts(thing("cgroup", "v1"), thing("cgroup", "v2"), now=now, ledger=ledger), host_share,
+                      strikes={"absent": 4})
+        decided.append(names(result))
+        ledger = remembered(result, ledger)
+    assert decided == [[], ["v1.cgroup"], ["v1.cgroup"], ["v1.cgroup", "v2.cgroup"]]
+
+
+def test_what_is_confirmed_is_watched_for_as_long_as_the_policy_says():
+    things, ledger, decided = [thing("cgroup", "v1"), thing("jail", "v1")], ledgers.empty(REALM), []
+    for now in (1000.0, 1100.0, 1199.0, 1200.0):
+        result = plan(facts(*things, now=now, ledger=ledger), hold=200)
+        decided.append((result["families"]["v1"]["verdict"], len(names(result))))
+        ledger = remembered(result, ledger)
+    assert decided == [("suspected", 0), ("held", 0), ("held", 0), ("confirmed", 2)]
+
+
+def test_a_family_is_held_as_long_as_its_youngest_strike():
+    first = plan(facts(thing("cgroup", "v1")), hold=200)
+    both = [thing("cgroup", "v1"), thing("jail", "v1")]
+    second = plan(facts(*both, now=1150.0, ledger=remembered(first)), hold=200)
+    third = plan(facts(*both, now=1300.0, ledger=remembered(second, remembered(first))), hold=200)
+    assert (reasons(third, "v1"), names(third)) == ({"absent", "hold"}, [])
+    assert third["families"]["v1"]["reasons"][-1]["text"] == "watched for 150 s, and reap_hold is 200"
+    fourth = plan(facts(*both, now=1350.0, ledger=remembered(third, remembered(second))), hold=200)
+    assert len(names(fourth)) == 2
+
+
+def test_the_hold_may_depend_on_the_evidence_and_begins_anew_after_a_reboot():
+    host_share = share(tombstones={"v1": 9000.0})
+    things = [thing("jail", "v1"), thing("jail", "v2")]
+    assert names(sweep_twice(*things, host_share=host_share, hold={"absent": 3600})) == ["v1.jail"]
+    first = plan(facts(*things), host_share, hold=600)
+    booted = plan(facts(*things, now=599.0, boot="boot-2", ledger=remembered(first)), host_share, hold=600)
+    assert (names(booted), verdicts(booted)) == ([], {"v1.jail": "held", "v2.jail": "held"})
+    later = facts(*things, now=600.0, boot="boot-2", ledger=remembered(booted, remembered(first)))
+    assert len(names(plan(later, host_share, hold=600))) == 2
+
+
 def test_row_18_zombies_by_policy():
     zombie = thing("zombie", "v1", parent="pid 7", in_use=False)
     assert names(sweep_twice(zombie)) == ["v1.zombie"]
@@ -597,6 +639,13 @@ def test_counts_of_kinds_and_vms():
         ({"host": None}, "host"),
         ({"strikes": 1}, "reap_strikes"),
         ({"strikes": True}, "reap_strikes"),
+        ({"strikes": "two"}, "reap_strikes must be a number, at least 2, not 'two'"),
+        ({"strikes": {"absent": 1}}, "reap_strikes must be a number, at least 2, not 1"),
+        ({"strikes": {"unproven": 2}}, "reap_strikes has values for unproven; the grades of evidence are tombstoned"),
+        ({"strikes": [2]}, "reap_strikes"),
+        ({"hold": -1}, "reap_hold"),
+        ({"hold": {"tombstoned": float("nan")}}, "reap_hold"),
+        ({"hold": {1: 5}}, "reap_hold has values for 1;"),
         ({"strike_interval": -1}, "reap_strike_interval"),
         ({"min_age": "60"}, "reap_min_age"),
         ({"min_age": float("nan")}, "reap_min_age"),
