@@ -4,7 +4,7 @@
 SHELL := /bin/sh
 BIN := .venv/bin
 RUN := $(BIN)/python tests/run.py
-PARTS := lint docs unit simulator sanity scenarios integration
+PARTS := lint docs unit simulator oldest sanity scenarios integration
 
 # .venv is made anew when the requirements or its place change, or when another PYTHON is asked for.
 KEY := $(shell { pwd; cat requirements.txt requirements-dev.txt constraints.txt; } | cksum | tr ' ' -)
@@ -33,17 +33,22 @@ test: packages ## run every test
 test-fast: $(READY_DEV) ## run the tests that need no containers, in a minute
 	@$(RUN) lint unit simulator
 
-.PHONY: lint docs unit simulator
+.PHONY: lint docs unit simulator oldest
 lint: ## check style, types and the changelog
 docs: ## check that the documentation of every plugin and role renders
 unit: ## run the unit tests: ARGS="-k manifest"
 simulator: ## run the seeded simulator of fleets and failures
-lint docs unit simulator: $(READY_DEV)
+oldest: ## sweep this machine with the oldest ansible-core that is promised to work
+lint docs unit simulator oldest: $(READY_DEV)
 	@$(RUN) $@ -- $(ARGS)
 
 .PHONY: simulate
-simulate: $(READY_DEV) ## run it for long: SWEEPS=1000000 SEED=7
-	@$(BIN)/python tests/simulator/simulate.py $(addprefix --sweeps ,$(SWEEPS)) $(addprefix --seed ,$(SEED))
+simulate: $(READY_DEV) ## run it for long, on all cores: SWEEPS=1000000 SEED=7
+	@$(BIN)/python tests/simulator/simulate.py $(addprefix --sweeps ,$(SWEEPS)) $(addprefix --seed ,$(SEED)) $(if $(GAP),--gap "$(GAP)")
+
+.PHONY: mutants
+mutants: $(READY_DEV) ## try the unit tests on mutants of what decides: ARGS="--only ledger.py"
+	@$(BIN)/python tests/mutation/run.py $(ARGS)
 
 .PHONY: sanity scenarios integration
 sanity: ## run ansible-test sanity on the built artifact

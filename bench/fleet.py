@@ -140,9 +140,9 @@ def _difference(kinds: Iterable[dict], alive: set[str]) -> set[str]:
 
 def _manifest(clock: Clock, directory: Path) -> dict:
     source = [{"type": "file", "path": "manifest.json"}]
-    context = {"realm": REALM, "now": time.time(), "directory": str(directory)}
-    fetched = clock("read and check the list", sources.fetch, source, context, max_age=600, terminal_states=["gone"])
-    return clock("index of the list", manifests.handle, fetched, str(directory / "index.sqlite"))
+    context = {"realm": REALM, "now": time.time(), "directory": str(directory), "terminal_states": ["gone"]}
+    index = str(directory / "index.sqlite")
+    return clock("read and index the list", sources.fetch, source, context, index, max_age=600)
 
 
 def _facts(directory: Path) -> Iterator[dict]:

@@ -48,7 +48,8 @@ PARTS: dict[str, tuple[int, list[list[str]]]] = {
     "docs": (300, [["python", "tests/docs.py"]]),
     # Much of it waits for the kernel: more workers than cores.
     "unit": (600, [["pytest", "-n", "4", "tests/unit"]]),
-    "simulator": (600, [["pytest", "tests/simulator"]]),
+    "simulator": (600, [["pytest", "-n", "2", "tests/simulator"]]),
+    "oldest": (600, [["python", "tests/oldest.py"]]),
     "sanity": (1200, [["python", "tests/sanity.py"]]),
     "scenarios": (2400, [[*MOLECULE, "test", "-s", name] for name in SCENARIOS]),
     "integration": (1800, [["pytest", "tests/integration", "tests/hosts"]]),

@@ -14,6 +14,13 @@ from ansible.template import Templar
 from ansible.vars.manager import VariableManager
 from ansible_collections.microvm.reaper.plugins.plugin_utils import manifest, sources
 
+SPEC = {
+    "realm": {"type": "str", "required": True},
+    "sources": {"type": "list", "elements": "dict", "required": True},
+    "max_age": {"type": "float", "default": 600},
+    "terminal_states": {"type": "list", "elements": "str", "default": list(manifest.TERMINAL_STATES)},
+}
+
 
 class Inventory:
     """The inventory, read again now; ``groups`` maps names to host names.
@@ -25,6 +32,9 @@ class Inventory:
         self._manager = InventoryManager(loader=loader, sources=task_vars["ansible_inventory_sources"], parse=False)
         self._manager.parse_sources(cache=False)
         self._variables = VariableManager(loader=loader, inventory=self._manager)
+        self._extra_variables = self._variables.extra_vars
+        self._own = VariableManager(loader=loader, inventory=self._manager)
+        self._own._extra_vars = {}
         self._loader = loader
         self._play_hostvars = task_vars["hostvars"]
         self.groups = self._manager.get_groups_dict()
@@ -39,6 +49,15 @@ class Inventory:
         found = self._variables.get_vars(host=host, include_hostvars=False)
         return _Rendered(found, Templar(loader=self._loader, variables=found))
 
+    def own_variables(self, name):
+        """Return the variables that are a host's own.
+
+        One of the command line goes before them all, so that its ``vm_id``, for example, would be the id of every VM.
+        """
+        host = self._manager.get_host(name) or self._play_hostvars._inventory.get_host(name)
+        found = self._own.get_vars(host=host, include_hostvars=False)
+        return _Rendered(found, Templar(loader=self._loader, variables=dict(self._extra_variables, **found)))
+
 
 class _Rendered(dict):
     def __init__(self, variables, templar):
@@ -51,6 +70,17 @@ class _Rendered(dict):
         return self._templar.template(value) if "{{" in str(value) else value
 
 
+def context(action, task_vars, arguments):
+    """Return what sources may ask about the run, see sources/__init__.py."""
+    return {
+        "realm": arguments["realm"],
+        "now": manifest.now(),
+        "directory": task_vars.get("playbook_dir") or os.getcwd(),
+        "inventory": lambda: Inventory(action._loader, task_vars),
+        "terminal_states": arguments["terminal_states"],
+    }
+
+
 class ActionModule(ActionBase):
     """Fetch the live sources, prove them, keep them in a local file; return the small handle of it."""
 
@@ -60,27 +90,12 @@ class ActionModule(ActionBase):
     def run(self, tmp=None, task_vars=None):
         """Fetch once for the whole batch."""
         result = super().run(tmp, task_vars)
-        _validation, arguments = self.validate_argument_spec(
-            {
-                "realm": {"type": "str", "required": True},
-                "sources": {"type": "list", "elements": "dict", "required": True},
-                "max_age": {"type": "float", "default": 600},
-                "terminal_states": {"type": "list", "elements": "str", "default": list(manifest.TERMINAL_STATES)},
-            }
-        )
-        context = {
-            "realm": arguments["realm"],
-            "now": manifest.now(),
-            "directory": task_vars.get("playbook_dir") or os.getcwd(),
-            "inventory": lambda: Inventory(self._loader, task_vars),
-        }
+        _validation, arguments = self.validate_argument_spec(SPEC)
+        directory = tempfile.mkdtemp(prefix="live-", dir=C.DEFAULT_LOCAL_TMP)  # type: ignore[attr-defined]
+        path = os.path.join(directory, "manifest.sqlite")
+        about = context(self, task_vars, arguments)
         try:
-            fetched = sources.fetch(
-                arguments["sources"],
-                context,
-                max_age=arguments["max_age"],
-                terminal_states=arguments["terminal_states"],
-            )
+            fetched = sources.fetch(arguments["sources"], about, path, max_age=arguments["max_age"])
             if fetched["realm"] != arguments["realm"]:
                 raise manifest.ManifestError(
                     "other_realm",
@@ -90,8 +105,6 @@ class ActionModule(ActionBase):
         except manifest.ManifestError as err:
             result.update(failed=True, msg="live source refused (%s): %s" % (err.code, err), code=err.code)
             return result
-        directory = tempfile.mkdtemp(prefix="live-", dir=C.DEFAULT_LOCAL_TMP)  # type: ignore[attr-defined]
-        handle = manifest.handle(fetched, os.path.join(directory, "manifest.sqlite"))
-        warnings = ["live source skipped: %s" % skipped for skipped in fetched["skipped"]]
-        result.update(changed=False, manifest=handle, warnings=warnings)
+        warnings = ["live source skipped: %s" % skipped for skipped in fetched.pop("skipped")]
+        result.update(changed=False, manifest=fetched, warnings=warnings)
         return result

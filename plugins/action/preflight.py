@@ -4,14 +4,11 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-import os
 
-import yaml
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 from ansible.plugins.action import ActionBase
-from ansible_collections.microvm.reaper.plugins.plugin_utils import sources
+from ansible_collections.microvm.reaper.plugins.plugin_utils import inputs, sources
 from ansible_collections.microvm.reaper.plugins.plugin_utils.manifest import ManifestError
 from ansible_collections.microvm.reaper.plugins.plugin_utils.planner import (
     DEFAULT_POLICY,
@@ -19,10 +16,8 @@ from ansible_collections.microvm.reaper.plugins.plugin_utils.planner import (
     complete_policy,
 )
 from ansible_collections.microvm.reaper.plugins.plugin_utils.presets import PresetError, rules
+from ansible_collections.microvm.reaper.plugins.plugin_utils.variables import PREFIX, role_spec, unknown
 from ansible_collections.microvm.reaper.plugins.plugin_utils.words import enumerate_hosts
-
-SPEC = os.path.join(os.path.dirname(__file__), "..", "..", "roles", "reap", "meta", "argument_specs.yml")
-PREFIX = "reap_"
 
 
 class ActionModule(ActionBase):
@@ -34,9 +29,7 @@ class ActionModule(ActionBase):
     def run(self, tmp=None, task_vars=None):
         """Name every variable that is unknown, of a wrong type or impossible."""
         result = super().run(tmp, task_vars)
-        with open(SPEC, encoding="utf-8") as stream:
-            spec = yaml.safe_load(stream)["argument_specs"]["main"]["options"]
-        problems, known_good = {}, set()
+        spec, problems, known_good = role_spec(), {}, set()
         for host, variables in self._variables_by_host(task_vars):
             key = json.dumps(variables, sort_keys=True, default=str)
             if key not in known_good:
@@ -71,18 +64,13 @@ class ActionModule(ActionBase):
 
 def check(variables, spec):
     """Return what is wrong with one host's variables, each problem a sentence that names the variable."""
-    problems = [_unknown(name, spec) for name in sorted(set(variables) - set(spec))]
+    problems = [unknown(name, spec) for name in sorted(set(variables) - set(spec))]
     given = {name: value for name, value in variables.items() if name in spec}
     validated = ArgumentSpecValidator(spec).validate(given)
     problems += validated.error_messages
     if problems:
         return problems
     return _impossible(validated.validated_parameters)
-
-
-def _unknown(name, spec):
-    similar = difflib.get_close_matches(name, spec, n=1)
-    return "unknown variable %s%s" % (name, ", did you mean %s?" % similar[0] if similar else "")
 
 
 def _impossible(parameters):
@@ -106,4 +94,11 @@ def _impossible(parameters):
     for name in ("reap_deadline", "reap_manifest_max_age"):
         if parameters[name] <= 0:
             problems.append("%s must be more than 0, not %r" % (name, parameters[name]))
+    directory = parameters["reap_save_inputs"]
+    why = inputs.unwritable(directory) if directory else None
+    if why:
+        problems.append(
+            "reap_save_inputs: no file can be made in %r on the controller: %s; make this directory writable, or leave "
+            "the variable empty" % (directory, why)
+        )
     return problems

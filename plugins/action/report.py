@@ -80,8 +80,8 @@ def _unread(gathered):
 
 def _abort(variables, names):
     """Return why the whole batch was stopped, None when it was not."""
-    for name in ("manifest", "brake"):
-        done = variables.get(names[name]) or {}
+    for name in ("manifest", "saved", "brake"):
+        done = variables.get(names.get(name)) or {}
         if done.get("failed"):
             return done.get("abort") or {"code": done.get("code", "failed"), "message": done.get("msg", "")}
     return None

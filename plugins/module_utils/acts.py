@@ -4,13 +4,14 @@
 
 The ledger is written twice: before the first act, with the strikes and with the tokens as intents, and after the last
 one, with what is left of them. A reaper that is killed between leaves its intents, and the next sweep finishes them.
+The journal is written at the same times, for people, when there is anything to remove.
 """
 
 from __future__ import annotations
 
-import contextlib
 import time
 
+from . import journal as journals
 from . import ledger as ledgers
 from . import resource as r
 from .probe import DeadlineExceeded, ProbeError, Worker
@@ -103,6 +104,18 @@ def foresee(tokens, hands):
     return [_foreseen(token, hands.do("inspect", token), going, stopping) for token in tokens]
 
 
+def spared(plan, spare):
+    """Return the plan without the VMs in ``spare``, ``{vm_id: why}``, and the OUTCOMEs of what it does not do then.
+
+    A removal that was begun in an earlier sweep is remembered on.
+    """
+    left = [token for token in plan["reap"] if token["vm_id"] in spare]
+    ledger = dict(plan["ledger"], intents=plan["ledger"]["intents"] + [one for one in left if one.get("resume")])
+    going = [token for token in plan["reap"] if token["vm_id"] not in spare]
+    outcomes = [r.outcome(token, r.DEFERRED, "spared: %s" % spare[token["vm_id"]]) for token in left]
+    return dict(plan, reap=going, ledger=ledger), outcomes
+
+
 def _foreseen(token, found, going, stopping):
     """What is in the way only until an earlier act of the plan is not in the way."""
     if found is None:
@@ -113,8 +126,11 @@ def _foreseen(token, found, going, stopping):
     return found
 
 
-def apply(plan, hands, state_dir, realm):
-    """Carry out ``plan`` under the host's lock; return the outcomes. Raises Busy or LedgerError before any act."""
+def apply(plan, hands, state_dir, realm, tell=lambda problem: None):
+    """Carry out ``plan`` under the host's lock; return the outcomes. Raises Busy or LedgerError before any act.
+
+    ``tell`` hears, after the acts, what of them could not be written down.
+    """
     with ledgers.Lock(state_dir):
         ledger = ledgers.load(state_dir, realm)[0]
         if ledger["generation"] != plan["generation"]:
@@ -123,9 +139,11 @@ def apply(plan, hands, state_dir, realm):
                 % (plan["generation"], ledger["generation"])
             )
         tokens = hands.prepare(plan["reap"])
-        kept = plan["ledger"]["intents"]
+        journal = journals.Journal(state_dir, realm)
         try:
-            ledger = ledgers.save(state_dir, realm, dict(ledger, **dict(plan["ledger"], intents=kept + tokens)))
+            journal.intents(plan, tokens)
+            decided = dict(ledger, **plan["ledger"])
+            saved = ledgers.save(state_dir, realm, begun(decided, tokens))
         except ledgers.LedgerError as err:
             raise ledgers.LedgerError(
                 "%s; nothing was removed, because a sweep that cannot remember must not reap" % err
@@ -134,18 +152,38 @@ def apply(plan, hands, state_dir, realm):
             return []
         outcomes = carry_out(tokens, hands, list(hands.kinds))
         # What was done has to be told even if it cannot be written down: the intents stay, the next sweep settles them.
-        with contextlib.suppress(ledgers.LedgerError):
-            ledgers.save(state_dir, realm, settled(ledger, kept, tokens, outcomes))
+        after = settled(dict(decided, generation=saved["generation"]), tokens, outcomes)
+        for write in (
+            lambda: ledgers.save(state_dir, realm, after),
+            lambda: journal.outcomes(outcomes),
+        ):
+            try:
+                write()
+            except ledgers.LedgerError as err:
+                tell("what was done could not be written down: %s" % err)
         return outcomes
 
 
-def settled(ledger, kept, tokens, outcomes):
-    """Return the ledger after the acts: without the strikes and the intents of what is gone."""
+def begun(ledger, tokens):
+    """Return the ledger that a plan decided on before the acts: with all that is about to be removed."""
+    return dict(ledger, intents=ledger["intents"] + tokens, reaped=_reaped(ledger["reaped"], tokens))
+
+
+def settled(ledger, tokens, outcomes):
+    """Return the ledger that a plan decided on after the acts: without the strikes of what is gone, with what is left
+    to finish, and with the VMs of which something was removed.
+    """
     by_key = {_key(one): one for one in outcomes}
     gone = {key for key, one in by_key.items() if one["outcome"] in (r.REAPED, r.ALREADY_GONE, r.IDENTITY_CHANGED)}
     strikes = {key: strike for key, strike in ledger["strikes"].items() if key not in gone}
     unfinished = [token for token in tokens if by_key[_key(token)].get("unfinished")]
-    return dict(ledger, strikes=strikes, intents=kept + unfinished, reaped=_reaped(ledger["reaped"], tokens, by_key))
+    reaped = [token for token in tokens if by_key[_key(token)]["outcome"] == r.REAPED]
+    return dict(
+        ledger,
+        strikes=strikes,
+        intents=ledger["intents"] + unfinished,
+        reaped=_reaped(ledger["reaped"], reaped),
+    )
 
 
 def latch(refusal, state_dir, realm):
@@ -154,19 +192,16 @@ def latch(refusal, state_dir, realm):
         ledger = ledgers.load(state_dir, realm)[0]
         if ledger["latch"] is None:
             ledgers.save(state_dir, realm, dict(ledger, latch=refusal))
+            journals.Journal(state_dir, realm).latched(refusal["message"])
 
 
-def _reaped(before, tokens, by_key):
+def _reaped(before, tokens):
     """Remember the VMs of which something was removed because they live nowhere, the latest MAX_REAPED of them.
 
     One that lives on another host may come back to this one; it proves nothing.
     """
     now = round(time.time())
-    gone = {
-        token["vm_id"]: now
-        for token in tokens
-        if by_key[_key(token)]["outcome"] == r.REAPED and token.get("evidence") != r.ELSEWHERE
-    }
+    gone = {token["vm_id"]: now for token in tokens if token.get("evidence") != r.ELSEWHERE}
     latest = sorted(dict(before, **gone).items(), key=lambda item: item[1], reverse=True)
     return dict(latest[: ledgers.MAX_REAPED])
 

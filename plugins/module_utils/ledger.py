@@ -73,12 +73,12 @@ def load(state_dir, realm):
     """
     path = path_of(state_dir, realm)
     try:
-        with open(path, "rb", opener=_no_follow) as stream:
+        with open(path, "rb", opener=no_follow) as stream:
             data = stream.read(MAX_BYTES + 1)
     except FileNotFoundError:
         return empty(realm), None
     except OSError as err:
-        raise LedgerError("cannot read the ledger %s: %s" % (path, _why(err))) from err
+        raise LedgerError("cannot read the ledger %s: %s" % (path, why(err))) from err
     try:
         if len(data) > MAX_BYTES:
             raise ValueError("larger than %d bytes" % MAX_BYTES)
@@ -93,8 +93,8 @@ def save(state_dir, realm, ledger):
     written = dict(ledger, version=VERSION, realm=realm, generation=ledger["generation"] + 1)
     temporary = path + ".new"
     try:
-        _own_directory(state_dir)
-        _own_directory(os.path.dirname(path))
+        own_directory(state_dir)
+        own_directory(os.path.dirname(path))
         _keep_corrupt_aside(state_dir, realm, path)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
         with os.fdopen(descriptor, "wb") as stream:
@@ -102,9 +102,9 @@ def save(state_dir, realm, ledger):
             stream.flush()
             os.fsync(stream.fileno())
         os.rename(temporary, path)
-        _sync_directory(os.path.dirname(path))
+        sync_directory(os.path.dirname(path))
     except OSError as err:
-        raise LedgerError("cannot write the ledger %s: %s" % (path, _why(err))) from err
+        raise LedgerError("cannot write the ledger %s: %s" % (path, why(err))) from err
     return written
 
 
@@ -115,7 +115,7 @@ def other_realms(state_dir, realm):
     except FileNotFoundError:
         return []
     except OSError as err:
-        raise LedgerError("cannot read %s: %s" % (state_dir, _why(err))) from err
+        raise LedgerError("cannot read %s: %s" % (state_dir, why(err))) from err
     return sorted(name for name in names if name != realm and os.path.exists(path_of(state_dir, name)))
 
 
@@ -126,19 +126,19 @@ def pins(state_dir):
     """
     path = os.path.join(state_dir, "keep")
     try:
-        with open(path, "rb", opener=_no_follow) as stream:
-            text = stream.read(MAX_PINS_BYTES + 1).decode("utf-8", "replace")
+        with open(path, "rb", opener=no_follow) as stream:
+            data = stream.read(MAX_PINS_BYTES + 1)
     except FileNotFoundError:
         return []
     except OSError as err:
-        raise LedgerError("cannot read the pins %s: %s" % (path, _why(err))) from err
-    if len(text) > MAX_PINS_BYTES:
+        raise LedgerError("cannot read the pins %s: %s" % (path, why(err))) from err
+    if len(data) > MAX_PINS_BYTES:
         raise LedgerError("the pins %s are larger than %d bytes" % (path, MAX_PINS_BYTES))
-    lines = (line.partition("#")[0].strip() for line in text.splitlines())
+    lines = (line.partition("#")[0].strip() for line in data.decode("utf-8", "replace").splitlines())
     return [line for line in lines if line]
 
 
-def _why(err):
+def why(err):
     """Return the reason in words, with the right that is missing."""
     missing = err.errno in (errno.EACCES, errno.EPERM) and os.geteuid() != 0
     return err.strerror + ("; the reaper has to run as root (become)" if missing else "")
@@ -154,17 +154,17 @@ class Lock:
 
     def __enter__(self):
         try:
-            _own_directory(self.state_dir)
+            own_directory(self.state_dir)
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as err:
-            raise LedgerError("cannot open the lock %s: %s" % (self.path, _why(err))) from err
+            raise LedgerError("cannot open the lock %s: %s" % (self.path, why(err))) from err
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as err:
             os.close(self._descriptor)
             if err.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 raise Busy("another reaper works on this host (it holds %s)" % self.path) from err
-            raise LedgerError("cannot lock %s: %s" % (self.path, _why(err))) from err
+            raise LedgerError("cannot lock %s: %s" % (self.path, why(err))) from err
         return self
 
     def __exit__(self, *_exception):
@@ -223,15 +223,15 @@ def _keep_corrupt_aside(state_dir, realm, path):
         os.rename(path, path + ".corrupt")
 
 
-def _own_directory(path):
+def own_directory(path):
     """Make a directory that only its owner can enter, or refuse one that somebody else could have prepared."""
     try:
         os.makedirs(path, 0o700, exist_ok=True)
-    except FileExistsError as err:
-        raise LedgerError("%s is in the way: it must be a directory" % path) from err
+    except FileExistsError:
+        pass
     status = os.lstat(path)
     if not stat.S_ISDIR(status.st_mode):
-        raise LedgerError("%s is in the way: it must be a directory, not a link" % path)
+        raise LedgerError("%s is in the way: it must be a directory, not a file or a link" % path)
     if status.st_uid != os.geteuid() or status.st_mode & 0o022:
         raise LedgerError(
             "%s must belong to the user the reaper runs as (uid %d) and be writable by nobody else; it belongs to "
@@ -239,7 +239,7 @@ def _own_directory(path):
         )
 
 
-def _sync_directory(path):
+def sync_directory(path):
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -247,5 +247,5 @@ def _sync_directory(path):
         os.close(descriptor)
 
 
-def _no_follow(path, flags):
+def no_follow(path, flags):
     return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC)

@@ -14,7 +14,9 @@ description:
   - Removes what the plan names, in order, each on its own. Before every act the object is read again and must be the
     very
     one that the plan was made for; what is busy is left alone, and nothing is ever forced.
-  - Writes the strikes that the plan gives into the host's ledger. A host that cannot remember removes nothing.
+  - Writes the strikes that the plan gives into the host's ledger, and what it is about to remove, why, and what came of
+    it, into the host's journal, which M(microvm.reaper.journal_facts) reads. A host that cannot remember removes
+    nothing.
   - One reaper at a time works on a host. A plan is carried out only when nobody has written the ledger since it was
     made.
   - A failed item never stops the others. The module fails at the end when any item failed.
@@ -31,6 +33,10 @@ options:
     description: Seconds after which whatever is not done is left for the next sweep.
     type: float
     default: 300
+  spare:
+    description: VMs of the plan that are left alone all the same, by their ids, each with the reason.
+    type: dict
+    default: {}
 extends_documentation_fragment:
   - microvm.reaper.rules
 attributes:
@@ -49,6 +55,7 @@ requirements:
   - Python 3.8 or later on the host
 seealso:
   - module: microvm.reaper.vm_resource_facts
+  - module: microvm.reaper.journal_facts
   - plugin: microvm.reaper.confirmed_orphans
     plugin_type: filter
 """
@@ -122,6 +129,7 @@ def get_argument_spec():
         "rules": dict(rules_of_all_kinds(ORDER), required=True),
         "state_dir": {"type": "path", "default": "/var/lib/microvm.reaper"},
         "deadline": {"type": "float", "default": 300},
+        "spare": {"type": "dict", "default": {}},
     }
 
 
@@ -158,7 +166,7 @@ def _remember(plan, module):
         try:
             acts.latch(plan["refused"], module.params["state_dir"], plan["realm"])
         except LedgerError as err:
-            module.warn("the latch could not be remembered: %s" % err)
+            module.warn("the latch could not be written down: %s" % err)
 
 
 def main():
@@ -172,17 +180,19 @@ def main():
     if plan.get("refused"):
         _remember(plan, module)
         module.fail_json(msg="refused (%(code)s): %(message)s" % plan["refused"], outcomes=[], refused=plan["refused"])
+    plan, left = acts.spared(plan, params["spare"])
     host = Host(boottime() + params["deadline"], params["state_dir"])
     try:
         with acts.Hands(params["rules"], host, ORDER) as hands:
             if module.check_mode:
                 outcomes = acts.foresee(plan["reap"], hands)
             else:
-                outcomes = acts.apply(plan, hands, params["state_dir"], plan["realm"])
+                outcomes = acts.apply(plan, hands, params["state_dir"], plan["realm"], tell=module.warn)
     except Busy as err:
         module.exit_json(changed=False, outcomes=[], busy=str(err))
     except LedgerError as err:
         module.fail_json(msg=str(err), outcomes=[])
+    outcomes += left
     result = {
         "changed": any(one["outcome"] in (r.REAPED, r.WOULD_REAP) for one in outcomes),
         "outcomes": outcomes,

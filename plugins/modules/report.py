@@ -39,6 +39,9 @@ options:
         description: The plan.
         type: str
         required: true
+      saved:
+        description: The result of M(microvm.reaper.save_inputs).
+        type: str
       brake:
         description: The result of M(microvm.reaper.brake).
         type: str

@@ -33,6 +33,20 @@ def brake(plans, caps=None, spent=0):
     return {"code": first["code"], "message": "%s: %s%s" % (host, first["message"], also)}, refused
 
 
+def live_again(plans, listed, any_host_protects):
+    """Return ``{host: {vm_id: why}}`` of the VMs in ``{host: plan}`` that were to be reaped and are listed after all.
+
+    ``listed`` is ``{vm_id: [host]}`` as still_listed() of sources returns it, by the names that the plans call their
+    hosts.
+    """
+    found = {}
+    for host, plan in plans.items():
+        for vm_id in sorted({token["vm_id"] for token in plan["reap"]} & set(listed)):
+            if any_host_protects or not listed[vm_id] or plan["host"] in listed[vm_id]:
+                found.setdefault(host, {})[vm_id] = "asked once more, the live source lists the VM here"
+    return found
+
+
 def doomed(plans):
     """Return how many VMs the plans of a batch reap, counted on each host."""
     return sum(len({token["vm_id"] for token in plan["reap"]}) for plan in plans.values())

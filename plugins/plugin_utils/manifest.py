@@ -2,17 +2,17 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 """The live manifest: which VMs live where, as one realm's control plane tells it, with proof that nothing is missing.
 
-check() takes one document as a source returned it and refuses it or returns it in one shape. union() joins those of
-several sources. Index keeps the result in a file that hands out each host's share, so that a manifest of a million VMs
-is never held by a plan.
+Collector takes the documents of several sources, checks them, and writes them to an index, a file that hands out each
+host's share: a manifest of a million VMs is never in memory. check() and union() do the same in memory.
 
 DOCUMENT ``{realm, generated_at, complete, vms: [{vm_id, host, state, also_on}]}`` and optionally ``source, epoch,
-count, sha256, hosts, tombstones: [{vm_id, destroyed_at}], proven``
+count, sha256, hosts, tombstones: [{vm_id, destroyed_at}], proven, unproven``. ``vms`` may be any iterable, which is
+taken once; ``realm, generated_at, hosts`` must be there before, everything else only when it is exhausted. ``proven``
+is False where nothing shows that the list is complete, ``unproven`` says why.
 """
 
 from __future__ import annotations
 
-import collections
 import datetime
 import hashlib
 import math
@@ -20,6 +20,7 @@ import os
 import sqlite3
 import time
 import urllib.parse
+from collections.abc import Iterator
 
 from ..module_utils.resource import VM_ID, is_text
 
@@ -37,48 +38,26 @@ class ManifestError(Exception):
 
 
 def check(document, source, *, now, max_age, terminal_states=TERMINAL_STATES):
-    """Return one source's document as ``{realm, source, epoch, generated_at, age, count, proven, hosts, vms,
+    """Return one source's document as ``{realm, source, epoch, generated_at, age, count, proven, unproven, hosts, vms,
     tombstones}``.
 
     ``vms`` is a list of ``(vm_id, [host])`` (no host: it lives everywhere), ``tombstones`` maps ids to the seconds
-    since they were destroyed (None: unknown), ``generated_at`` is in seconds since 1970, ``age`` in seconds. Raises
-    ManifestError.
+    since they were destroyed (None: unknown), ``generated_at`` is in seconds since 1970, ``age`` in seconds,
+    ``unproven`` says why the list is not. Raises ManifestError.
     """
-    if not isinstance(document, dict):
-        raise ManifestError("not_a_manifest", "%s: a mapping was expected, not %s" % (source, type(document).__name__))
-    missing = [key for key in ("realm", "generated_at", "complete", "vms") if key not in document]
-    if missing:
-        raise ManifestError("not_a_manifest", "%s: the manifest has no %s" % (source, ", ".join(missing)))
-    generated_at = _instant(document["generated_at"], "%s: generated_at" % source)
-    _check_age(now - generated_at, max_age, source)
-    if document["complete"] is not True:
-        raise ManifestError("incomplete", "%s: the manifest does not call itself complete" % source)
-    if not isinstance(document["vms"], list):
-        raise ManifestError("not_a_manifest", "%s: 'vms' must be a list" % source)
-    vms, dead = _sorted_out(document["vms"], source, {state.lower() for state in terminal_states})
-    _check_count(document, source)
-    hosts = _hosts(document, vms, source)
-    tombstones = dict.fromkeys(dead)
-    where = _Place(source, "tombstones")
-    for where.number, tombstone in enumerate(_list(document, "tombstones", source)):
-        vm_id, destroyed_at = _vm_id(tombstone, where), tombstone.get("destroyed_at")
-        since = None if destroyed_at is None else now - _instant(destroyed_at, where)
+    head = _opened(document, source, now, max_age)
+    listed = list(_entries(document["vms"], source, terminal_states, head["hosts"]))
+    vms = [(vm_id, hosts) for vm_id, hosts in listed if hosts is not None]
+    live = {vm_id for vm_id, _hosts in vms}
+    tombstones = dict.fromkeys(vm_id for vm_id, hosts in listed if hosts is None and vm_id not in live)
+    for vm_id, since in _tombstones(document, source, now):
         tombstones[vm_id] = _shorter(since, tombstones.get(vm_id))
-    epoch = document.get("epoch")
-    if epoch is not None and not _is_finite(epoch):
-        raise ManifestError("not_a_manifest", "%s: 'epoch' must be a number, not %.200r" % (source, epoch))
-    return {
-        "realm": _text(document["realm"], "%s: realm" % source),
-        "source": source,
-        "epoch": epoch,
-        "generated_at": generated_at,
-        "age": max(0.0, now - generated_at),
-        "count": len({vm_id for vm_id, _hosts_of_it in vms}),
-        "proven": document.get("proven", True) is True,
-        "hosts": hosts,
-        "vms": vms,
-        "tombstones": tombstones,
-    }
+    return dict(
+        _closed(document, head, len(listed), lambda: (vm_id for vm_id, _hosts in listed)),
+        count=len(live),
+        vms=vms,
+        tombstones=tombstones,
+    )
 
 
 def union(manifests):
@@ -86,6 +65,19 @@ def union(manifests):
 
     Hosts are those that any source speaks for; unknown as soon as one source does not say which it speaks for.
     """
+    joined = _joined(manifests)
+    vms = [vm for one in manifests for vm in one["vms"]]
+    live = {vm_id for vm_id, _hosts_of_it in vms}
+    tombstones = {}
+    for one in manifests:
+        for vm_id, since in one["tombstones"].items():
+            if vm_id not in live:
+                tombstones[vm_id] = _shorter(since, tombstones.get(vm_id))
+    return dict(joined, count=len(live), vms=vms, tombstones=tombstones)
+
+
+def _joined(manifests):
+    """Return what several manifests say together of themselves, all but the VMs."""
     first = manifests[0]
     others = [one for one in manifests if one["realm"] != first["realm"]]
     if others:
@@ -94,13 +86,7 @@ def union(manifests):
             "the live sources speak for different realms: %s for %r, %s for %r"
             % (first["source"], first["realm"], others[0]["source"], others[0]["realm"]),
         )
-    vms = [vm for one in manifests for vm in one["vms"]]
-    live = {vm_id for vm_id, _hosts_of_it in vms}
-    tombstones = {}
-    for one in manifests:
-        for vm_id, since in one["tombstones"].items():
-            if vm_id not in live:
-                tombstones[vm_id] = _shorter(since, tombstones.get(vm_id))
+    unproven = ["%s: %s" % (one["source"], one["unproven"]) for one in manifests if one["unproven"]]
     return {
         "realm": first["realm"],
         "source": ", ".join(one["source"] for one in manifests),
@@ -108,13 +94,11 @@ def union(manifests):
         "epochs": {one["source"]: one["epoch"] for one in manifests if one["epoch"] is not None},
         "generated_at": min(one["generated_at"] for one in manifests),
         "age": max(one["age"] for one in manifests),
-        "count": len(live),
-        "proven": all(one["proven"] for one in manifests),
+        "proven": not unproven,
+        "unproven": unproven,
         "hosts": None if any(one["hosts"] is None for one in manifests) else sorted({
             host for one in manifests for host in one["hosts"]
         }),
-        "vms": vms,
-        "tombstones": tombstones,
     }
 
 
@@ -123,35 +107,133 @@ def sha256(vm_ids):
     return hashlib.sha256("".join("%s\n" % vm_id for vm_id in sorted(set(vm_ids))).encode()).hexdigest()
 
 
+class Collector:
+    """Checks the documents of several sources and joins them in an index, one VM after the other."""
+
+    def __init__(self, path):
+        self._writer = _Writer(path)
+        self._path = path
+        self._heads = []
+
+    def add(self, document, source, *, now, max_age, terminal_states=TERMINAL_STATES):
+        """Take one source's document. Raises ManifestError, and forgets then what it took of it."""
+        number = len(self._heads)
+        try:
+            head = _opened(document, source, now, max_age)
+            listed = self._writer.add_vms(number, _entries(document["vms"], source, terminal_states, head["hosts"]))
+            self._writer.add_tombstones(number, _tombstones(document, source, now))
+            self._heads.append(_closed(document, head, listed, lambda: self._writer.vm_ids(number)))
+        except ManifestError:
+            self._writer.drop(number)
+            raise
+
+    def finish(self):
+        """Return the HANDLE of what all sources list together."""
+        joined = _joined(self._heads)
+        count = self._writer.finish(joined["hosts"])
+        return _handle(dict(joined, count=count), self._path)
+
+
+def live_among(vm_ids, document, source, handle, *, now, max_age, terminal_states=TERMINAL_STATES):
+    """Return ``{vm_id: [host]}`` of those of ``vm_ids`` that a later document of the source lists; no host: everywhere.
+
+    Raises ManifestError, also for a document that is older than the one of which ``handle`` was made.
+    """
+    head = _opened(document, source, now, max_age)
+    if head["realm"] != handle["realm"]:
+        raise ManifestError("other_realm", "%s speaks for realm %r now" % (source, head["realm"]))
+    listed, found, ids = 0, {}, []
+    for vm_id, hosts in _entries(document["vms"], source, terminal_states, head["hosts"]):
+        listed += 1
+        if document.get("sha256") is not None:
+            ids.append(vm_id)
+        if vm_id in vm_ids and hosts is not None:
+            add_place(found, vm_id, hosts)
+    epoch, before = _closed(document, head, listed, lambda: ids)["epoch"], handle["epochs"].get(source)
+    if before is not None and (epoch is None or epoch < before):
+        raise ManifestError("epoch_went_back", "%s was at epoch %s and is at %s now" % (source, before, epoch))
+    return found
+
+
+def add_place(found, vm_id, hosts):
+    """Add hosts to ``{vm_id: [host]}``, in which no host means everywhere."""
+    known = found.get(vm_id, hosts)
+    found[vm_id] = sorted({*known, *hosts}) if known and hosts else []
+
+
+class _Writer:
+    """Writes an index. There is no journal: nobody reads an index that was not finished."""
+
+    def __init__(self, path):
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        os.close(descriptor)
+        self._connection = sqlite3.connect(path, isolation_level=None)
+        for statement in (
+            "PRAGMA journal_mode = OFF",
+            "PRAGMA synchronous = OFF",
+            # host: "" lives everywhere, NULL is in a terminal state
+            "CREATE TABLE vm (host TEXT, vm_id TEXT, source INTEGER)",
+            "CREATE TABLE ended (vm_id TEXT, since REAL, source INTEGER)",
+            "CREATE TABLE tombstone (vm_id TEXT PRIMARY KEY, since REAL) WITHOUT ROWID",
+            "CREATE TABLE host (name TEXT PRIMARY KEY) WITHOUT ROWID",
+            "BEGIN",
+        ):
+            self._connection.execute(statement)
+
+    def add_vms(self, number, entries):
+        """Add what _entries() yields; return how many that were."""
+        listed = 0
+
+        def rows():
+            nonlocal listed
+            for vm_id, hosts in entries:
+                listed += 1
+                for host in (None,) if hosts is None else hosts or ("",):
+                    yield host, vm_id, number
+
+        self._connection.executemany("INSERT INTO vm VALUES (?, ?, ?)", rows())
+        return listed
+
+    def add_tombstones(self, number, tombstones):
+        """Add ``(vm_id, seconds since it was destroyed)``."""
+        rows = ((vm_id, since, number) for vm_id, since in tombstones)
+        self._connection.executemany("INSERT INTO ended VALUES (?, ?, ?)", rows)
+
+    def vm_ids(self, number):
+        """Yield the distinct ids that a source listed, in order."""
+        found = self._connection.execute("SELECT DISTINCT vm_id FROM vm WHERE source = ? ORDER BY vm_id", (number,))
+        return (vm_id for (vm_id,) in found)
+
+    def drop(self, number):
+        """Forget a source."""
+        for table in ("vm", "ended"):
+            self._connection.execute("DELETE FROM %s WHERE source = ?" % table, (number,))
+
+    def finish(self, hosts):
+        """Make it ready to be asked; return how many VMs live."""
+        # At the end and at once: half the time of trees that grow at random places.
+        for statement in (
+            "CREATE INDEX by_host ON vm (host, vm_id)",
+            "CREATE INDEX by_id ON vm (vm_id, host)",
+            "INSERT INTO tombstone SELECT vm_id, MIN(since) FROM"
+            " (SELECT vm_id, NULL AS since FROM vm WHERE host IS NULL UNION ALL SELECT vm_id, since FROM ended) AS one"
+            " WHERE NOT EXISTS (SELECT 1 FROM vm WHERE vm.vm_id = one.vm_id AND vm.host IS NOT NULL) GROUP BY vm_id",
+            "DROP TABLE ended",
+        ):
+            self._connection.execute(statement)
+        self._connection.executemany("INSERT OR IGNORE INTO host VALUES (?)", ((name,) for name in hosts or []))
+        counted = self._connection.execute("SELECT COUNT(DISTINCT vm_id) FROM vm WHERE host IS NOT NULL")
+        (count,) = counted.fetchone()
+        self._connection.execute("COMMIT")
+        self._connection.close()
+        return count
+
+
 class Index:
     """A manifest in a local file, asked for one host's share at a time."""
 
     def __init__(self, path):
         self.path = path
-
-    @classmethod
-    def write(cls, path, manifest):
-        """Write ``manifest`` (of union()) to the new file ``path``."""
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-        os.close(descriptor)
-        connection = sqlite3.connect(path)
-        with connection:
-            connection.execute("PRAGMA journal_mode = OFF")
-            connection.execute("PRAGMA synchronous = OFF")
-            connection.execute("CREATE TABLE vm (host TEXT, vm_id TEXT, PRIMARY KEY (host, vm_id)) WITHOUT ROWID")
-            connection.execute("CREATE TABLE tombstone (vm_id TEXT PRIMARY KEY, since REAL) WITHOUT ROWID")
-            connection.execute("CREATE TABLE host (name TEXT PRIMARY KEY) WITHOUT ROWID")
-            # In order, and the second index at the end: half the time of trees that grow at random places.
-            places = _by_host(manifest["vms"])
-            ordered = ((host, vm_id) for host in sorted(places) for vm_id in sorted(places[host]))
-            connection.executemany("INSERT OR IGNORE INTO vm VALUES (?, ?)", ordered)
-            connection.execute("CREATE INDEX by_id ON vm (vm_id)")
-            connection.executemany("INSERT INTO tombstone VALUES (?, ?)", manifest["tombstones"].items())
-            connection.executemany(
-                "INSERT OR IGNORE INTO host VALUES (?)", ((name,) for name in manifest["hosts"] or [])
-            )
-        connection.close()
-        return cls(path)
 
     def look_up(self, vm_ids, host, any_host_protects):
         """Return ``{live, elsewhere, tombstones, host_listed}`` for these ids on this host.
@@ -167,7 +249,8 @@ class Index:
             live = vm_ids & {vm_id for vm_id, in here}
             for part in _parts(sorted(vm_ids - live)):
                 marks = ",".join("?" * len(part))
-                for vm_id, where in connection.execute("SELECT vm_id, host FROM vm WHERE vm_id IN (%s)" % marks, part):
+                places = "SELECT vm_id, host FROM vm WHERE host IS NOT NULL AND vm_id IN (%s)" % marks
+                for vm_id, where in connection.execute(places, part):
                     if any_host_protects or not where:
                         live.add(vm_id)
                     else:
@@ -188,30 +271,27 @@ class Index:
         }
 
 
-def _by_host(vms):
-    """Return ``{host: [vm_id]}``; those without a host are at ``""``."""
-    places = collections.defaultdict(list)
-    for vm_id, hosts in vms:
-        for host in hosts or ("",):
-            places[host].append(vm_id)
-    return places
-
-
 def _parts(ids):
     """Yield parts of a list that are short enough for one statement."""
     return (ids[begin:begin + 500] for begin in range(0, len(ids), 500))
 
 
 def handle(manifest, path):
-    """Write the index of ``manifest`` to ``path``; return the small HANDLE that plans are made with.
+    """Write the index of ``manifest`` (of union()) to the new file ``path``; return its HANDLE."""
+    writer = _Writer(path)
+    writer.add_vms(0, manifest["vms"])
+    writer.add_tombstones(0, manifest["tombstones"].items())
+    writer.finish(manifest["hosts"])
+    return _handle(manifest, path)
 
-    HANDLE ``{realm, source, epoch, epochs, generated_at, age, count, proven, names_hosts, index}``
+
+def _handle(manifest, path):
+    """Return the small HANDLE that plans are made with.
+
+    HANDLE ``{realm, source, epoch, epochs, generated_at, age, count, proven, unproven, names_hosts, index}``
     """
-    Index.write(path, manifest)
-    kept = ("realm", "source", "epoch", "epochs", "generated_at", "age", "count", "proven")
-    return dict(
-        {key: manifest[key] for key in kept}, names_hosts=manifest["hosts"] is not None, index=path
-    )
+    kept = ("realm", "source", "epoch", "epochs", "generated_at", "age", "count", "proven", "unproven")
+    return dict({key: manifest[key] for key in kept}, names_hosts=manifest["hosts"] is not None, index=path)
 
 
 def share(manifest_handle, host, vm_ids):
@@ -219,6 +299,51 @@ def share(manifest_handle, host, vm_ids):
     found = Index(manifest_handle["index"]).look_up(vm_ids, host, not manifest_handle["names_hosts"])
     listed = found.pop("host_listed")
     return dict(manifest_handle, **found, host_known=listed or not manifest_handle["names_hosts"])
+
+
+def _opened(document, source, now, max_age):
+    """Check what a document says before its VMs; return ``{realm, source, generated_at, age, hosts}``."""
+    if not isinstance(document, dict):
+        raise ManifestError("not_a_manifest", "%s: a mapping was expected, not %s" % (source, type(document).__name__))
+    missing = [key for key in ("realm", "generated_at", "complete", "vms") if key not in document]
+    if missing:
+        raise ManifestError("not_a_manifest", "%s: the manifest has no %s" % (source, ", ".join(missing)))
+    generated_at = _instant(document["generated_at"], "%s: generated_at" % source)
+    _check_age(now - generated_at, max_age, source)
+    if not isinstance(document["vms"], (list, Iterator)):
+        raise ManifestError("not_a_manifest", "%s: 'vms' must be a list" % source)
+    hosts = document.get("hosts")
+    if hosts is not None:
+        hosts = sorted({_text(host, "%s: hosts" % source) for host in _list(document, "hosts", source)})
+    return {
+        "realm": _text(document["realm"], "%s: realm" % source),
+        "source": source,
+        "generated_at": generated_at,
+        "age": max(0.0, now - generated_at),
+        "hosts": hosts,
+    }
+
+
+def _closed(document, head, listed, ids):
+    """Check what a document says of its VMs, of which ``listed`` were read; return ``head`` with the rest.
+
+    ``ids()`` gives the ids that were listed.
+    """
+    source = head["source"]
+    if document["complete"] is not True:
+        raise ManifestError("incomplete", "%s: the manifest does not call itself complete" % source)
+    count, checksum, epoch = document.get("count"), document.get("sha256"), document.get("epoch")
+    if count is not None and count != listed:
+        raise ManifestError("incomplete", "%s: 'count' is %.200r, but %d VMs are listed" % (source, count, listed))
+    if checksum is not None and checksum != sha256(ids()):
+        raise ManifestError("incomplete", "%s: 'sha256' does not belong to the VMs that are listed" % source)
+    if epoch is not None and not _is_finite(epoch):
+        raise ManifestError("not_a_manifest", "%s: 'epoch' must be a number, not %.200r" % (source, epoch))
+    unproven = None
+    if document.get("proven", True) is not True:
+        unproven = document.get("unproven") or "it does not prove that its list is complete"
+        unproven = _text(unproven, "%s: unproven" % source)
+    return dict(head, epoch=epoch, proven=not unproven, unproven=unproven)
 
 
 def _check_age(age, max_age, source):
@@ -234,62 +359,58 @@ def _check_age(age, max_age, source):
         )
 
 
-def _check_count(document, source):
-    count, listed = document.get("count"), len(document["vms"])
-    if count is not None and count != listed:
-        raise ManifestError("incomplete", "%s: 'count' is %.200r, but %d VMs are listed" % (source, count, listed))
-    checksum = document.get("sha256")
-    if checksum is not None and checksum != sha256(vm["vm_id"] for vm in document["vms"]):
-        raise ManifestError("incomplete", "%s: 'sha256' does not belong to the VMs that are listed" % source)
-
-
-def _sorted_out(entries, source, terminal_states):
-    """Return ``([(vm_id, [host])], {ids in a terminal state})``.
+def _entries(entries, source, terminal_states, known_hosts):
+    """Yield ``(vm_id, [host])`` for each VM: no host for one that lives everywhere, None for one that has ended.
 
     A million VMs have a few states and some thousand hosts: what was found good once is not looked at again.
     """
-    vms, dead = [], set()
-    is_terminal, alone_on = {}, {}
+    known = None if known_hosts is None else set(known_hosts)
+    ends = {state.lower() for state in terminal_states}
+    has_ended, alone_on = {}, {}
     where = _Place(source, "vms")
     for where.number, vm in enumerate(entries):
         vm_id = _vm_id(vm, where)
         state = vm.get("state")
         if state is not None:
-            if not isinstance(state, str) or state not in is_terminal:
-                is_terminal[state] = _text(state, where, ".state").lower() in terminal_states
-            if is_terminal[state]:
-                dead.add(vm_id)
+            if not isinstance(state, str) or state not in has_ended:
+                has_ended[state] = _text(state, where, ".state").lower() in ends
+            if has_ended[state]:
+                yield vm_id, None
                 continue
         host, also_on = vm.get("host"), vm.get("also_on")
         if also_on is not None:
             also_on = _list(vm, "also_on", where)
         if host is None:
-            hosts = []
+            yield vm_id, []
         elif also_on:
-            hosts = [_text(one, where, ".host") for one in [host] + also_on]
-        elif isinstance(host, str) and host in alone_on:
-            hosts = alone_on[host]
+            yield vm_id, [_host(one, vm_id, known, where) for one in [host] + also_on]
         else:
-            hosts = alone_on[host] = [_text(host, where, ".host")]
-        vms.append((vm_id, hosts))
-    live = {vm_id for vm_id, _hosts_of_it in vms}
-    return vms, dead - live
+            if not isinstance(host, str) or host not in alone_on:
+                alone_on[host] = [_host(host, vm_id, known, where)]
+            yield vm_id, alone_on[host]
 
 
-def _hosts(document, vms, source):
-    """Return the hosts that the source speaks for, None where it does not say."""
-    if document.get("hosts") is None:
-        return None
-    known = {_text(host, "%s: hosts" % source) for host in _list(document, "hosts", source)}
-    for vm_id, where in vms:
-        if not known.issuperset(where):
-            strange = next(host for host in where if host not in known)
-            raise ManifestError(
-                "unknown_host",
-                "%s: the VM %s is on host %r, which is not in the manifest's hosts; a host that goes by two names "
-                "would look empty" % (source, vm_id, strange),
-            )
-    return sorted(known)
+def _host(name, vm_id, known, where):
+    if known is not None and _text(name, where, ".host") not in known:
+        raise ManifestError(
+            "unknown_host",
+            "%s: the VM %s is on host %r, which is not in the manifest's hosts; a host that goes by two names "
+            "would look empty" % (where.source, vm_id, name),
+        )
+    return _text(name, where, ".host")
+
+
+def _tombstones(document, source, now):
+    """Yield ``(vm_id, seconds since it was destroyed, None where that is not known)``."""
+    tombstones = document.get("tombstones")
+    if tombstones is None:
+        return
+    if not isinstance(tombstones, (list, Iterator)):
+        raise ManifestError("not_a_manifest", "%s: 'tombstones' must be a list, not %.200r" % (source, tombstones))
+    where = _Place(source, "tombstones")
+    for where.number, tombstone in enumerate(tombstones):
+        vm_id, destroyed_at = _vm_id(tombstone, where), tombstone.get("destroyed_at")
+        yield vm_id, None if destroyed_at is None else now - _instant(destroyed_at, where)
 
 
 class _Place:
@@ -349,7 +470,7 @@ def _instant(value, where):
         parsed = value
     else:
         try:
-            parsed = datetime.datetime.fromisoformat(_text(value, where).replace("Z", "+00:00"))
+            parsed = datetime.datetime.fromisoformat(_text(value, where))
         except ValueError as err:
             raise ManifestError("not_a_manifest", "%s: not an instant: %.200r" % (where, value)) from err
     if parsed.tzinfo is None:

@@ -18,6 +18,7 @@ The rules, in the order in which they are applied:
 from __future__ import annotations
 
 import collections
+import contextlib
 import datetime
 import fnmatch
 import re
@@ -80,9 +81,11 @@ def complete_policy(policy):
     for key, least in (("strikes", 2), ("hold", 0)):
         full[key] = _by_grade(key, full[key], least)
     for key in ("strike_interval", "min_age", "max_per_host", "percent_floor"):
-        _check_number(key, full[key], 0)
+        full[key] = _checked_number(key, full[key], 0)
     for key in ("max_percent_per_host", "max_shrink_percent"):
-        _check_number(key, full[key], 0, 100)
+        full[key] = _checked_number(key, full[key], 0, 100)
+    if not isinstance(full["adopt_host"], bool):
+        raise PolicyError("reap_adopt_host must be true or false, not %r" % (full["adopt_host"],))
     for key, allowed in (("running", RUNNING_POLICIES), ("zombies", ZOMBIE_POLICIES)):
         if full[key] not in allowed:
             raise PolicyError("reap_%s must be one of %s, not %r" % (key, ", ".join(allowed), full[key]))
@@ -124,7 +127,7 @@ def plan(facts, share, policy, kinds):
     facts   what gather read: ``{realm, boot_id, machine_id, boottime_seconds, ledger, ledger_problem, kinds}`` and
             optionally ``other_realms, pins``
     share   what the live manifest says of this host and of the ids in the facts: ``{realm, source, epoch, epochs,
-            generated_at, age, count, proven, host_known, live: [vm_id], elsewhere: {vm_id: [host]},
+            generated_at, age, count, proven, unproven, host_known, live: [vm_id], elsewhere: {vm_id: [host]},
             tombstones: {vm_id: seconds since destroyed, or null}}``; ``age`` in seconds when it was fetched
     policy  see DEFAULT_POLICY
     kinds   ``{kind: {order, stops, depends_on, resumes}}``
@@ -176,21 +179,13 @@ def _by_grade(key, value, least):
         raise PolicyError(
             "reap_%s has values for %s; the grades of evidence are %s" % (key, ", ".join(unknown), ", ".join(GRADES))
         )
-    numbers = {grade: _number(value.get(grade, DEFAULT_POLICY[key])) for grade in GRADES}
-    for number in numbers.values():
-        _check_number(key, number, least)
-    return numbers
+    return {grade: _checked_number(key, value.get(grade, DEFAULT_POLICY[key]), least) for grade in GRADES}
 
 
-def _number(value):
-    """Return the number that a text from the command line means; anything else as it is."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
-
-
-def _check_number(key, value, least, most=None):
+def _checked_number(key, value, least, most=None):
+    """Return the number; what comes from the command line, or through the templates of Ansible 2.18, is a text."""
+    with contextlib.suppress(ValueError):
+        value = float(value) if isinstance(value, str) else value
     # Written so that NaN, which is neither more nor less than anything, is refused too.
     if (
         isinstance(value, bool)
@@ -200,6 +195,7 @@ def _check_number(key, value, least, most=None):
     ):
         bounds = "at least %s" % least if most is None else "between %s and %s" % (least, most)
         raise PolicyError("reap_%s must be a number, %s, not %r" % (key, bounds, value))
+    return value
 
 
 def _without_life(facts, kinds, live):
@@ -382,12 +378,13 @@ class _Judge:
         verdict = CONFIRMED if fewest >= self.policy["strikes"][grade] else SUSPECTED
         if verdict == CONFIRMED and evidence == UNPROVEN:
             verdict = SUSPECTED
-            reasons.append(_reason("unproven", "the live source did not prove that its list is complete"))
+            why = "; ".join(self.share.get("unproven") or ["the live source does not prove that its list is complete"])
+            reasons.append(_reason("unproven", why))
         since = max(self.strikes[_key(member)]["first"] for member in members)
         watched, hold = self.facts["boottime_seconds"] - since, self.policy["hold"][grade]
         if verdict == CONFIRMED and watched < hold:
             verdict = HELD
-            reasons.append(_reason("hold", "watched for %d s, and reap_hold is %d" % (watched, hold)))
+            reasons.insert(0, _reason("hold", "watched for %d s, and reap_hold is %d" % (watched, hold)))
         family = self._all(members, verdict, reasons, evidence, strikes=fewest)
         for judged in family["resources"]:
             why = self.unreadable[judged["kind"]]

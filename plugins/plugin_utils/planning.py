@@ -16,8 +16,24 @@ from .facts import unpacked, vm_ids
 def plan(facts, manifest, policy):
     """Return the plan of one host. ``manifest`` is a HANDLE or a whole DOCUMENT (see manifest.py)."""
     facts = unpacked(facts)
-    wanted = planner.complete_policy(policy)["host"]
-    return planner.plan(facts, _share(manifest, wanted, vm_ids(facts)), policy, TRAITS)
+    return planner.plan(facts, _share(facts, manifest, policy), policy, TRAITS)
+
+
+def share(facts, manifest, policy):
+    """Return what plan() takes of the manifest for this host."""
+    return _share(unpacked(facts), manifest, policy)
+
+
+def judged(facts, manifest, policy, also=()):
+    """Return ``(facts, share, plan)`` of one host; its share tells of the ids in ``also`` too."""
+    facts = unpacked(facts)
+    found = _share(facts, manifest, policy, also)
+    return facts, found, planner.plan(facts, found, policy, TRAITS)
+
+
+def plan_of_share(facts, share_of_host, policy):
+    """Return the plan of one host, of what share() returned for it."""
+    return planner.plan(unpacked(facts), share_of_host, policy, TRAITS)
 
 
 def orphans(facts, live):
@@ -32,17 +48,21 @@ def orphans(facts, live):
 
 
 def _ids(document):
-    return {vm_id for vm_id, _hosts in _checked(document)["vms"]}
+    checked = manifests.check(document, _name(document), now=manifests.now(), max_age=float("inf"))
+    return {vm_id for vm_id, _hosts in checked["vms"]}
 
 
-def _checked(document):
+def _name(document):
     source = document.get("source") if isinstance(document, dict) else None
-    return manifests.check(document, str(source or "manifest"), now=manifests.now(), max_age=float("inf"))
+    return str(source or "manifest")
 
 
-def _share(manifest, host, ids):
+def _share(facts, manifest, policy, also=()):
+    host, ids = planner.complete_policy(policy)["host"], vm_ids(facts).union(also)
     if isinstance(manifest, dict) and "index" in manifest:
         return manifests.share(manifest, host, ids)
     with tempfile.TemporaryDirectory() as directory:
         path = os.path.join(directory, "manifest.sqlite")
-        return manifests.share(manifests.handle(manifests.union([_checked(manifest)]), path), host, ids)
+        collector = manifests.Collector(path)
+        collector.add(manifest, _name(manifest), now=manifests.now(), max_age=float("inf"))
+        return manifests.share(collector.finish(), host, ids)

@@ -31,6 +31,7 @@ def text(realm, manifest, hosts, *, check_mode=False, abort=None):
     lines = [_headline(realm, manifest, hosts, summary, check_mode, abort)]
     if abort:
         lines.append("STOPPED (%(code)s): %(message)s" % abort)
+    lines += ["NOT PROVEN, so nothing is confirmed: %s" % why for why in (manifest or {}).get("unproven") or ()]
     lines += _table(rows) if rows else []
     lines += _limited(_troubles(hosts, abort) + _held(hosts) + _failed(hosts))
     lines += _unseen(hosts)
@@ -40,9 +41,10 @@ def text(realm, manifest, hosts, *, check_mode=False, abort=None):
 def as_json(realm, manifest, hosts, *, check_mode=False, abort=None):
     """Return the same as a structure, with every family and every outcome."""
     hosts = _believed(hosts)
+    said = ("source", "epoch", "count", "generated_at", "unproven")
     return {
         "realm": realm,
-        "manifest": {key: manifest[key] for key in ("source", "epoch", "count", "generated_at")} if manifest else None,
+        "manifest": {key: manifest.get(key) for key in said} if manifest else None,
         "check_mode": check_mode,
         "stopped": abort,
         "kinds": summarize(hosts),
@@ -149,8 +151,11 @@ def _table(rows):
 
 
 def _headline(realm, manifest, hosts, summary, check_mode, abort):
+    refused = [host for host in hosts if abort or hosts[host]["refused"]]
     totals = {
-        key: sum(n[key] for kinds in summary.values() for n in kinds.values())
+        # No strike is written on a host that is refused, whatever its plan thought.
+        key: sum(n[key] for host, kinds in summary.items() if key != "suspected" or host not in refused
+                 for n in kinds.values())
         for key in ("suspected", "confirmed", "reaped", "already_gone", "held", "failed", "bytes")
     }
     if abort:
@@ -163,6 +168,8 @@ def _headline(realm, manifest, hosts, summary, check_mode, abort):
         did = "nothing to reap" if not totals["confirmed"] else "nothing reaped"
     others = ("already_gone", "suspected", "held", "failed")
     parts = ["%d %s" % (totals[key], key.replace("_", " ")) for key in others if totals[key]]
+    if refused and not abort:
+        parts.append("1 host refused" if len(refused) == 1 else "%d hosts refused" % len(refused))
     source = "%d VMs live by %s" % (manifest["count"], manifest["source"]) if manifest else "no list of live VMs"
     return "microvm.reaper: realm %s, %s, %s: %s%s%s" % (
         realm,

@@ -13,3 +13,11 @@ def enumerate_hosts(names):
     if len(names) > NAMED:
         return "%s and %d more hosts" % (", ".join(names[:NAMED]), len(names) - NAMED)
     return " and ".join([part for part in (", ".join(names[:-1]), names[-1] if names else "") if part])
+
+
+def human_seconds(count):
+    """Return a number of seconds, exact, and from two hours on also as a person reads it: ``259200 s (3.0 days)``."""
+    for unit, length in (("days", 86400), ("hours", 3600)):
+        if count >= 2 * length:
+            return "%d s (%.1f %s)" % (count, count / length, unit)
+    return "%d s" % count

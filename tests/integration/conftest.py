@@ -3,6 +3,7 @@ from collections.abc import Iterator
 
 import pytest
 from hosts.fleet import Fleet
+from integration import postgresql
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,3 +26,10 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     fleet = Fleet.up(tmp_path_factory.mktemp("kernel"), kernel=["kern"])
     yield fleet
     fleet.down()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[postgresql.Server]:
+    """A real PostgreSQL; each test makes a database of its own in it."""
+    with postgresql.server() as running:
+        yield running

@@ -4,51 +4,59 @@
 
 from __future__ import annotations
 
-from ansible_collections.microvm.reaper.plugins.module_utils import ledger as ledgers
+from .control_plane import HONEST, LIES
+from .world import FLAVOURS, LOST_AT_REBOOT
 
-from .world import FLAVOURS, LOST_AT_REBOOT, REALM, Vm
-
-IDS = tuple("v%02d" % number for number in range(24))
-FULL = 14
+REUSED = range(10)
+FULL = 6
+STATES = ("running", "running", "paused", "hibernated", "a state of tomorrow")
+HOURS = 3600.0
 
 
 def create(world):
     """A VM begins, sometimes with an id that was used before; its things are there before it is listed."""
-    used = {vm.vm_id for vm in world.living()}
-    free = [vm_id for vm_id in IDS if vm_id not in used]
+    used = {vm.number for vm in world.vms if vm.alive}
+    half_removed = [host for host in world.hosts if _unfollowed(host, used)]
+    host = world.pick(half_removed if half_removed and world.random.random() < 0.5 else world.hosts)
+    free = [number for number in REUSED if number not in used]
     if len(used) >= FULL or not free:
         return
-    host = world.random.choice(world.hosts)
-    vm_id, flavour = world.random.choice(free), world.random.choice(FLAVOURS)
-    left = [thing.vm for thing in list(host.half.values()) * 5 + list(host.things.values())]
-    again = [old for old in left if old.vm_id not in used]
-    if again and world.random.random() < 0.3:
-        old = world.random.choice(again)
-        vm_id, flavour = old.vm_id, old.flavour
-    vm = Vm(vm_id, host, flavour, world.next_serial())
-    world.vms.append(vm)
-    for kind in vm.flavour:
-        world.add(host, kind, vm)
-    _use(world, vm, host)
-    vm.tell(world.now + world.lag(), host=host.name, state="starting")
-    world.story.tell("%s begins on %s", vm, host)
+    kind = world.random.random()
+    flavour = FLAVOURS[world.terms.flavour if kind < 0.6 else int(world.random.random() * len(FLAVOURS))]
+    if not world.terms.ids_are_reused:
+        world.used_numbers = number = getattr(world, "used_numbers", len(REUSED)) + 1
+    else:
+        half = _unfollowed(host, used)
+        left = half or [thing.vm for thing in host.things.values() if thing.vm.number not in used]
+        if left and world.random.random() < (0.8 if half else 0.4):
+            old = world.pick(left)
+            number, flavour = old.number, old.flavour
+        else:
+            number = free[int(world.random.random() * len(free))]
+    vm = world.begin(number, host, tuple(kind for kind in flavour if kind not in host.lacks))
+    vm.tell(world.now + world.lag(), (host,), "starting")
+    world.story.tell("%s begins on %s: %s", vm, host, ", ".join(vm.flavour))
+    if "container" in vm.flavour and world.random.random() < 0.5:
+        _share(world, host)
 
 
 def run(world):
     """A VM that began runs, pauses, or runs again."""
     for vm in _some(world):
         vm.running = not vm.running
-        state = world.random.choice(("running", "paused", "hibernated", "a state of tomorrow"))
-        vm.tell(world.now + world.lag(), **dict(_place(vm), state=state))
+        state = STATES[int(world.random.random() * len(STATES))]
+        vm.tell(world.now + world.lag(), _places(vm), state)
+        world.story.tell("%s %s; the control plane will call it %r", vm, "runs" if vm.running else "pauses", state)
 
 
 def migrate(world):
     """A migration begins, goes over to its target, or is done; it may leave its source's things behind."""
     for vm in _some(world):
         if vm.target is None:
-            others = [host for host in world.hosts if host is not vm.host and not _named(host, vm)]
+            others = [host for host in world.hosts if host is not vm.host and not _names(host, vm) and not host.lacks]
             if others:
-                vm.target = world.random.choice(others)
+                back = [host for host in others if host in vm.left]
+                vm.target = world.pick(back if back and world.random.random() < 0.5 else others)
                 for kind in vm.flavour:
                     world.add(vm.target, kind, vm)
                 world.story.tell("%s begins to move from %s to %s", vm, vm.host, vm.target)
@@ -57,30 +65,31 @@ def migrate(world):
             world.story.tell("%s runs on %s now, its source %s is still there", vm, vm.host, vm.target)
         else:
             source, vm.target = vm.target, None
+            vm.left.append(source)
             _clean(world, vm, source, world.random.random() < 0.5)
             world.story.tell("%s has moved; it is on %s and not on %s", vm, vm.host, source)
-        vm.tell(world.now + world.lag(), **dict(_place(vm), state="migrating"))
+        vm.tell(world.now + world.lag(), _places(vm), "migrating")
 
 
 def destroy(world):
     """A VM is destroyed as it should be; sometimes the platform forgets things of it, or something runs on."""
     for vm in _some(world):
         vm.alive = vm.running = False
-        vm.tell(world.now + world.lag(), state="destroyed", at=world.now)
-        vm.tell(world.now + world.random.uniform(100, 900))
-        tidy = world.random.random() < 0.5
+        vm.tell(world.now + world.lag(), destroyed_at=world.now)
+        vm.tell(world.now + 100 + 800 * world.random.random())
+        tidy = world.random.random() < 0.4
         for host in world.hosts:
             _clean(world, vm, host, tidy)
-        world.story.tell("%s is destroyed%s", vm, "" if tidy else ", its things stay")
+        world.story.tell("%s is destroyed%s", vm, "" if tidy else ", and not all of it is cleaned")
 
 
 def crash(world):
     """A VM dies and nobody cleans; the control plane finds out later."""
     for vm in _some(world):
         vm.alive = vm.running = False
-        vm.tell(world.now + world.random.uniform(0, 200), state="destroyed", at=world.now)
+        vm.tell(world.now + 200 * world.random.random(), destroyed_at=world.now)
         if world.random.random() < 0.5:
-            vm.tell(world.now + world.random.uniform(200, 400))
+            vm.tell(world.now + 200 + 200 * world.random.random())
         host = vm.host
         if world.random.random() < 0.3:
             world.add(host, "zombie", vm)
@@ -89,75 +98,253 @@ def crash(world):
         world.story.tell("%s dies on %s and nobody cleans", vm, host)
 
 
+def restore(world):
+    """A VM that was reaped comes back from a backup, with its own id: on its host, or on another."""
+    if world.terms.ids_are_reused:
+        return
+    used = {vm.vm_id for vm in world.vms if vm.alive}
+    gone = sorted((vm_id, host.number, host) for host in world.hosts for vm_id in host.gone if vm_id not in used)
+    if gone:
+        vm_id, _number, host = gone[int(world.random.random() * len(gone))]
+        if world.random.random() < 0.3:
+            host = world.pick(world.hosts)
+        vm = world.begin(int(vm_id[1:]), host, FLAVOURS[2] if host.lacks else FLAVOURS[0])
+        vm.tell(world.now + world.lag(), (host,), "restored")
+        world.story.tell("%s comes back to life on %s, from a backup", vm, host)
+
+
 def reboot(world):
     """A host is booted again: its VMs are dead, its boot clock begins at nothing, some things are gone."""
-    if world.random.random() < 0.9:
-        return
-    host = world.random.choice(world.hosts)
+    host = world.pick(world.hosts)
     host.boot, host.booted_at = host.boot + 1, world.now
     for thing in list(host.things.values()):
         if thing.kind in LOST_AT_REBOOT:
             host.drop(thing)
         thing.runaway = False
-        thing.chances = 0
+        thing.chances, thing.dead_since = 0, None
     host.half.clear()  # half removed thin ids of the model are found by their pool, which is made anew
-    for vm in world.living():
+    for vm in world.vms:
         if vm.lives_on(host):
             vm.alive = vm.running = False
             vm.tell(world.now + world.lag())
     world.story.tell("%s is booted again", host)
 
 
+def be_away(world):
+    """A host cannot be reached for some minutes, because of the network or because it is suspended."""
+    host, seconds = world.pick(world.hosts), 60 + 900 * world.random.random()
+    host.away_until = world.now + seconds
+    world.story.tell("%s cannot be reached for %d s; its boot clock goes on", host, seconds)
+
+
+def fill_the_disk(world):
+    """A host cannot write its ledger for some minutes."""
+    host, seconds = world.pick(world.hosts), 60 + 600 * world.random.random()
+    host.full_until = world.now + seconds
+    world.story.tell("the disk of %s is full for %d s: no ledger can be written", host, seconds)
+
+
 def lose_the_ledger(world):
-    """A host's disk is made anew, or its ledger was corrupt."""
-    if world.random.random() < 0.95:
-        return
-    host = world.random.choice(world.hosts)
-    host.ledger = ledgers.empty(REALM)
-    host.half.clear()  # only the ledger knew of them
-    for thing in host.things.values():
-        thing.chances = 0
-    world.story.tell("%s lost its ledger", host)
+    """A host's state directory was removed, or its ledger cannot be understood."""
+    host, corrupt = world.pick(world.hosts), world.random.random() < 0.5
+    if host.called != host.known_as:
+        return  # a host that remembers nothing has to be called by its right name
+    host.lose_the_ledger("the ledger is corrupt" if corrupt else None)
+    world.story.tell("the ledger of %s is %s", host, "corrupt" if corrupt else "lost")
 
 
 def share_a_snapshot(world):
     """A container of a living VM comes to run on a snapshot of another, which may die before it does."""
-    host = world.random.choice(world.hosts)
+    _share(world, world.pick(world.hosts))
+
+
+def _share(world, host):
     snapshots = [thing for thing in host.things.values() if thing.kind == "snapshot" and thing.vm.lives_on(host)]
     containers = [thing for thing in host.things.values() if thing.kind == "container" and thing.vm.lives_on(host)]
     if snapshots and containers:
-        snapshot, container = world.random.choice(snapshots), world.random.choice(containers)
+        snapshot, container = world.pick(snapshots), world.pick(containers)
         if container not in snapshot.used_by:
             snapshot.used_by.append(container)
             world.story.tell("the %s runs on the %s", container, snapshot)
 
 
-ALL = (create, create, create, run, migrate, migrate, destroy, crash, reboot, lose_the_ledger, share_a_snapshot)
+def lie(world):
+    """The control plane begins to lie, for minutes: long enough for any number of strikes, if it were believed."""
+    moods, which = (*LIES, "export", "glitch", "down"), world.random.random()
+    if world.random.random() < 0.5:
+        which = world.terms.favourites[2]
+    mood, seconds = moods[int(which * len(moods))], 200 + 600 * world.random.random()
+    if world.mood == HONEST:
+        world.mood, world.mood_until = mood, world.now + seconds
+        world.story.tell("for %d s the control plane %s", seconds, LIES[mood])
 
 
-def happen(world, times):
-    """Let a number of things happen."""
-    for _time in range(times):
-        world.random.choice(ALL)(world)
+def rename(world):
+    """A host gets another name, in the inventory and in the control plane's lists."""
+    host = world.pick(world.hosts)
+    if host.called == host.known_as:
+        host.called = host.known_as = "%s-%s" % (host.name, "b" if host.called == host.name else host.called[-1] + "b")
+        world.story.tell("%s is its new name, in the inventory and for the control plane", host)
+
+
+def swap(world):
+    """The inventory mixes up two hosts that are known under their names, for some minutes."""
+    first = world.pick(world.hosts)
+    others = [host for host in world.hosts if host is not first and _is_itself(host)]
+    if not others or not _is_itself(first):
+        return
+    second = world.pick(others)
+    first.called, second.called = second.called, first.called
+
+    def end():
+        for host in (first, second):
+            host.called = host.known_as
+        world.story.tell("the inventory has %s and %s right again", first.name, second.name)
+
+    world.story.tell("the inventory mixes up %s and %s", first.name, second.name)
+    world.later(100 + 600 * world.random.random(), end)
+
+
+def change_the_machine(world):
+    """A host is given another machine id, as by a reinstallation that kept its disk."""
+    host = world.pick(world.hosts)
+    new_machine(host)
+    world.story.tell("%s has another machine id: %s", host, host.machine)
+
+
+def clone(world):
+    """A host is made anew from the image of another: it has that one's machine id, and maybe its ledger."""
+    if not world.terms.ids_are_reused and "clone and latch" not in world.terms.gaps:
+        return
+    host = world.pick(world.hosts)
+    other = world.pick([one for one in world.hosts if one is not host])
+    host.machine = other.machine
+    with_ledger = world.random.random() < 0.5 and other.called == other.known_as
+    if with_ledger:
+        host.lose_the_ledger()
+        host.ledger, host.bound, host.is_latched = other.ledger, other.bound, other.is_latched
+        host.gone = set(other.gone)
+    world.story.tell("%s has the machine id of %s now%s", host, other, " and its ledger" if with_ledger else "")
+
+
+def join_from_staging(world):
+    """A host of another realm, with VMs that only the other control plane knows, comes into this inventory."""
+    if not world.terms.ids_are_reused and "join and latch" not in world.terms.gaps:
+        return
+    empty = [host for host in world.hosts if not any(vm.lives_on(host) for vm in world.vms)]
+    if not empty:
+        return
+    host = world.pick(empty)
+    if host.called != host.known_as:
+        return
+    host.lose_the_ledger()
+    host.other_realms = ["staging"]
+    vm = world.begin(900 + host.number, host, FLAVOURS[2], "staging")
+    vm.tell(world.now)
+
+    def end():
+        vm.alive = False
+        vm.tell(world.now)
+        world.story.tell("%s of staging ends and leaves its things on %s", vm, host)
+
+    world.later(300 + 1000 * world.random.random(), end)
+    world.story.tell("%s comes from the realm staging, and %s of staging lives there", host, vm)
+
+
+def pin(world):
+    """A person wants a VM left alone: in the inventory, or in a host's pin file; or no longer."""
+    host = world.pick(world.hosts)
+    where, pins = ("reap_keep", world.keep) if world.random.random() < 0.5 else ("the pin file of %s" % host, host.pins)
+    ids = sorted({thing.vm.vm_id for thing in host.things.values()})
+    if pins and world.random.random() < 0.5:
+        world.story.tell("%s has no pins any more", where)
+        pins.clear()
+    elif ids:
+        vm_id = ids[int(world.random.random() * len(ids))]
+        forms = ["%s", "%s until 2027-01-15", "%s until 2027-01-16", vm_id[:-1] + "?"]
+        forms += [] if pins is world.keep else ["%s until friday, please"]
+        form = forms[int(world.random.random() * len(forms))]
+        pins.append(form % vm_id if "%s" in form else form)
+        world.story.tell("%s: %s", where, pins[-1])
+
+
+def step_a_clock(world):
+    """A wall clock jumps by a day, or is a little off, and is put right later."""
+    which, size = world.random.random(), world.random.random()
+    far = world.random.random() < (0.0 if "skew" in world.terms.gaps else 0.7)
+    seconds = (25 * HOURS if far else world.terms.skew()) * (1 if size < 0.5 else -1)
+    targets = [("control plane", world, "cp_skew"), ("controller", world, "controller_skew")]
+    targets += [(host.name, host, "skew") for host in world.hosts]
+    place = int(which * 4)
+    name, owner, key = targets[place if place < 2 else 2 + int(size * 997) % len(world.hosts)]
+    if any(getattr(one, attribute) for _name, one, attribute in targets[:2]) and owner is world:
+        return  # two clocks that are wrong at the same time may agree with each other
+    setattr(owner, key, seconds)
+
+    def end():
+        setattr(owner, key, 0.0)
+        world.story.tell("the clock of %s is right again", name)
+
+    world.later(200 + 600 * world.random.random(), end)
+    world.story.tell("the wall clock of %s jumps by %+d s", name, seconds)
+
+
+COMMON = (
+    *[create] * 20, *[run] * 4, *[migrate] * 10, *[destroy] * 4, *[crash] * 5, *[lie] * 6, share_a_snapshot,
+    share_a_snapshot, restore, pin, be_away, step_a_clock,
+)
+RARE = (
+    reboot, lose_the_ledger, fill_the_disk, rename, swap, swap, change_the_machine, clone, clone,
+    join_from_staging,
+)
+
+
+# What makes a host another one; nobody does that to a host while it is swept.
+BETWEEN_RUNS = (rename, swap, change_the_machine, clone, join_from_staging)
+EVERY = (*dict.fromkeys(COMMON), *dict.fromkeys(RARE))
+
+
+def happen(world, early=False):
+    """Let something happen; in the first steps VMs begin."""
+    chance = world.random.random()
+    if early and chance < 0.7:
+        action = create
+    elif chance < 0.2:
+        action = EVERY[int(world.terms.favourites[int(chance * 10)] * len(EVERY))]
+    elif chance < 0.26:
+        action = RARE[int(world.random.random() * len(RARE))]
+    else:
+        action = COMMON[int(world.random.random() * len(COMMON))]
+    if not (world.is_swept and action in BETWEEN_RUNS):
+        action(world)
+
+
+def new_machine(host):
+    """Give a host a machine id that no other has."""
+    host.machines += 1
+    host.machine = "%s-%d" % (host.name, host.machines)
+
+
+def _unfollowed(host, used):
+    """Return the VMs of which something is half removed on the host and whose id was not used again since."""
+    return [thing.vm for thing in host.half.values() if not (thing.vm.is_followed or thing.vm.number in used)]
 
 
 def _some(world):
     living = world.living()
-    return [world.random.choice(living)] if living else []
+    return [world.pick(living)] if living else []
 
 
-def _place(vm):
-    return {"host": vm.host.name, "also_on": [vm.target.name] if vm.target else []}
+def _places(vm):
+    return (vm.host, vm.target) if vm.target else (vm.host,)
 
 
-def _named(host, vm):
+def _names(host, vm):
     return any(thing.vm.vm_id == vm.vm_id for thing in host.things.values())
 
 
-def _use(world, vm, host):
-    things = {thing.kind: thing for thing in world.of(vm, host)}
-    if "container" in things:
-        things["snapshot"].used_by.append(things["container"])
+def _is_itself(host):
+    return host.called == host.known_as and host.bound == (host.called, host.machine)
 
 
 def _clean(world, vm, host, tidy):

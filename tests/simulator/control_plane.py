@@ -1,6 +1,6 @@
 # Copyright: The microvm.reaper authors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""What the control plane answers: the truth a little late, the truth of some minutes ago, or one of its lies.
+"""What the live sources answer: the truth a little late, the truth of some minutes ago, or one of their lies.
 
 A lie of which no single sweep can know is a VM left out for once; only the second strike protects from it. So it is
 told in one sweep, no host hears the next before it has heard the truth, and it is not about a VM that has a strike from
@@ -9,105 +9,207 @@ the seconds before it was listed: two failures at once are more than two strikes
 
 from __future__ import annotations
 
-import copy
+from .terms import REALM
 
-from .world import REALM
-
-MAX_AGE = 600.0
-LIES = ("empty", "cut off", "count off", "shrunk", "stale copy", "other realm", "glitch")
+HONEST = "honest"
+LIES = {
+    "export": "answers with what was true some minutes ago",
+    "down": "does not answer",
+    "empty": "answers with an empty list",
+    "cut off": "answers with half of its list",
+    "count off": "answers with half of its list and the count of all",
+    "shrunk": "has lost most of its VMs and does not know",
+    "stale copy": "answers from a copy that stands still, and says that it is of now",
+    "other realm": "answers for another realm",
+    "glitch": "leaves out a VM for once",
+    "bare": "answers with half of its list, without proof that it is all",
+    "host forgotten": "has forgotten a host and what lives there alone",
+    "host unlisted": "has left a host out of its hosts, but not the VMs there",
+}
+# One source of several that says so little is believed: the others still list many VMs.
+NOT_ALONE = ("empty", "shrunk")
 
 
 class ControlPlane:
-    """Answers fetches; ``mood`` is how, ``honest`` whether the last answer was the truth."""
+    """Answers fetches. ``world.mood`` is what it does now."""
 
     def __init__(self, world):
         self.world = world
-        self.mood, self.until = "honest", 0.0
-        self.history = []
-        self.export = None
+        self.epoch = 0
+        self.history = {source.name: [] for source in world.terms.sources}
+        self.exports, self._copy = {}, None
+        self._mood = None
+        self._forgotten = world.hosts[0]
 
-    def document(self, must_be_honest):
-        """Return ``(document, mood)``."""
-        self._change_mood()
-        mood = "honest" if must_be_honest else self.mood
-        answer = getattr(self, "_" + mood.replace(" ", "_"))()
-        return (self._honest(), "honest") if answer is None else (answer, mood)
-
-    def _change_mood(self):
+    def answers(self, must_be_honest):
+        """Return ``([(source, document or None when there is none)], mood)``."""
         world = self.world
-        if world.now < self.until:
-            return
-        self.mood = world.random.choice(("honest",) * 5 + ("export",) * 2 + LIES) if world.serial > 60 else "honest"
-        # Lies last for minutes: long enough for any number of strikes, if they were believed.
-        self.until = world.now + world.random.uniform(100, 600)
-        self.export = None
-        world.story.tell("the control plane is in this mood: %s", self.mood)
+        if world.now >= world.mood_until and world.mood != HONEST:
+            world.mood = HONEST
+            world.story.tell("the control plane is honest again")
+        if world.mood != self._mood:
+            self._mood, self.exports, self._copy, self._forgotten = world.mood, {}, None, world.pick(world.hosts)
+        mood = HONEST if must_be_honest else world.mood
+        truths = [(source, self._truth(source)) for source in world.terms.sources]
+        told = None if mood == HONEST else getattr(self, "_" + mood.replace(" ", "_"))(truths)
+        mood = HONEST if told is None else mood
+        answers = [
+            (source, None if source.fails and world.random.random() < source.fails else document)
+            for source, document in told or truths
+        ]
+        for source, document in answers if world.story.is_wanted else ():
+            world.story.tell("%s", in_words(source, document, world))
+        return answers, mood
 
-    def _honest(self):
-        world = self.world
-        world.epoch += 1
-        known = [(vm.vm_id, vm.known(world.now)) for vm in world.vms]
+    def _truth(self, source):
+        world, then = self.world, self.world.now - source.behind
+        vms, tombstones = [], []
+        for vm in world.vms:
+            record = vm.known(then) if source.knows(vm) else None
+            if record is None:
+                continue
+            _when, hosts, state, destroyed_at = record
+            if state is not None:
+                names = [host.known_as for host in hosts]
+                vms.append({"vm_id": vm.vm_id, "host": names[0], "state": state, "also_on": names[1:]})
+            if destroyed_at is not None:
+                tombstones.append({"vm_id": vm.vm_id, "destroyed_at": destroyed_at + world.cp_skew})
+        older = self.history[source.name]
+        if not older or older[-1]["vms"] != vms or older[-1]["tombstones"] != tombstones:
+            self.epoch += 1
         document = {
             "realm": REALM,
-            "source": "cp",
-            "epoch": world.epoch,
-            "generated_at": world.now,
+            "epoch": self.epoch,
+            "generated_at": then + world.cp_skew,
             "complete": True,
-            "hosts": [host.name for host in world.hosts],
-            "vms": [
-                {"vm_id": vm_id, "host": record["host"], "state": record["state"], "also_on": record.get("also_on", [])}
-                for vm_id, record in known
-                if "host" in record
-            ],
-            "tombstones": [
-                {"vm_id": vm_id, "destroyed_at": record["at"]} for vm_id, record in known if "at" in record
-            ],
+            "proven": source.proven,
+            "vms": vms,
+            "count": len(vms),
+            "tombstones": tombstones,
         }
-        document["count"] = len(document["vms"])
-        self.history = self.history[-40:] + [document]
+        if world.terms.names_hosts:
+            document["hosts"] = [host.known_as for host in world.hosts]
+        older.append(document)
+        del older[:-30]
         return document
 
-    def _export(self):
-        """The truth, written to a file every few minutes."""
-        if self.export is None or self.world.now - self.export["generated_at"] > 500:
-            self.export = self._honest()
-        return self.export
+    def _liars(self, truths, lie):
+        """Tell the lie with the first source alone, or with all of them where it must not stand alone."""
+        several = truths[0][0].part is not None
+        alone = not several or self.world.mood not in NOT_ALONE or "one of several" in self.world.terms.gaps
+        return [
+            (source, lie(document) if place == 0 or not alone else document)
+            for place, (source, document) in enumerate(truths)
+        ]
 
-    def _empty(self):
-        return dict(self._honest(), vms=[], count=0, tombstones=[])
+    def _export(self, truths):
+        for source, document in truths:
+            old = self.exports.get(source.name)
+            if old is None or document["generated_at"] - old["generated_at"] > 500 - source.behind:
+                self.exports[source.name] = document
+        return [(source, self.exports[source.name]) for source, _document in truths]
 
-    def _cut_off(self):
-        document = self._honest()
-        return dict(document, vms=document["vms"][::2], complete=False, count=None)
+    def _down(self, truths):
+        return [(truths[0][0], None), *truths[1:]]
 
-    def _count_off(self):
-        document = self._honest()
-        return dict(document, vms=document["vms"][::2]) if document["vms"] else None
+    def _empty(self, truths):
+        return self._liars(truths, lambda document: dict(document, vms=[], count=0, tombstones=[]))
 
-    def _shrunk(self):
-        """Complete by its own words, and only a part of what the hosts remember."""
-        document = self._honest()
-        remembered = [host.ledger["manifest"]["count"] or 0 for host in self.world.hosts]
-        if min(remembered) < 6:
+    def _cut_off(self, truths):
+        return self._liars(
+            truths, lambda document: dict(document, vms=document["vms"][::2], complete=False, count=None)
+        )
+
+    def _count_off(self, truths):
+        if not truths[0][1]["vms"]:
             return None
-        vms = document["vms"][: min(remembered) // 3]
-        return dict(document, vms=vms, count=len(vms))
+        return self._liars(truths, lambda document: dict(document, vms=document["vms"][1::2]))
 
-    def _stale_copy(self):
-        """A replica that stands still and says that it is of now."""
-        remembered = min(host.ledger["manifest"]["epochs"].get("cp", 0) for host in self.world.hosts)
-        older = [document for document in self.history if document["epoch"] < remembered]
-        return dict(copy.copy(older[0]), generated_at=self.world.now) if older else None
+    def _bare(self, truths):
+        return self._liars(truths, lambda document: _only(document, document["vms"][::2], proven=False))
 
-    def _other_realm(self):
-        return dict(self._honest(), realm="staging", vms=[], count=0)
-
-    def _glitch(self):
-        document = self._honest()
-        known = [vm.vm_id for vm in self.world.living() if all(host.has_heard_of(vm) for host in self.world.hosts)]
-        if any(host.learned_from_a_glitch for host in self.world.hosts) or not known:
+    def _shrunk(self, truths):
+        """Complete by its own words, and only a part of what every host remembers."""
+        doubting = [host for host in self.world.hosts if host.believed != self.world.mood]
+        remembered = min((host.ledger["manifest"]["count"] or 0 for host in doubting), default=3)
+        if remembered <= self.world.terms.policy["percent_floor"]:
             return None
-        left_out = self.world.random.choice(known)
-        self.world.story.tell("the list leaves out %s for once", left_out)
-        vms = [vm for vm in document["vms"] if vm["vm_id"] != left_out]
-        return dict(document, vms=vms, count=len(vms))
+        left = remembered // 3 if truths[0][0].part is None else remembered // 6
+        return self._liars(truths, lambda document: _only(document, document["vms"][:left]))
+
+    def _stale_copy(self, truths):
+        """The truth of some time ago, which every host knows to be old by its epoch."""
+        source, document = truths[0]
+        doubting = [host for host in self.world.hosts if host.believed != self.world.mood]
+        remembered = min((host.ledger["manifest"]["epochs"].get(source.name, 0) for host in doubting), default=None)
+        if self._copy is None:
+            self._copy = next((one for one in self.history[source.name] if one["epoch"] < (remembered or 0)), None)
+        if self._copy is None or remembered is not None and self._copy["epoch"] >= remembered:
+            return None
+        return [(source, dict(self._copy, generated_at=document["generated_at"])), *truths[1:]]
+
+    def _other_realm(self, truths):
+        return self._liars(truths, lambda document: dict(_only(document, []), realm="staging"))
+
+    def _glitch(self, truths):
+        world = self.world
+        known = [vm for vm in world.living() if all(host.has_heard_of(vm) for host in world.hosts)]
+        if any(host.learned_from_a_lie for host in world.hosts) or not known:
+            return None
+        left_out = world.pick(known).vm_id
+        world.story.tell("the control plane leaves out %s for once", left_out)
+        return [
+            (source, _only(document, [vm for vm in document["vms"] if vm["vm_id"] != left_out]))
+            for source, document in truths
+        ]
+
+    def _host_forgotten(self, truths):
+        if not self.world.terms.names_hosts:
+            return None
+        name = self._forgotten.known_as
+        return [
+            (source, _only(self._without_host(document), [
+                dict(vm, host=left[0], also_on=left[1:])
+                for vm in document["vms"]
+                for left in [[one for one in [vm["host"], *vm["also_on"]] if one != name]]
+                if left
+            ]))
+            for source, document in truths
+        ]
+
+    def _host_unlisted(self, truths):
+        if not self.world.terms.names_hosts:
+            return None
+        return [(source, self._without_host(document)) for source, document in truths]
+
+    def _without_host(self, document):
+        return dict(document, hosts=[name for name in document["hosts"] if name != self._forgotten.known_as])
+
+
+def _only(document, vms, **changes):
+    return dict(document, vms=vms, count=len(vms), **changes)
+
+
+def in_words(source, document, world):
+    """Return what a source says, as a sentence."""
+    if document is None:
+        return "%s does not answer" % source.name
+    vms = ", ".join(
+        "%s on %s%s" % (vm["vm_id"], " and ".join([vm["host"], *vm["also_on"]]), _state(vm)) for vm in document["vms"]
+    )
+    dead = ", ".join(one["vm_id"] for one in document["tombstones"])
+    return "%s says (realm %s, epoch %d, %d s old%s%s%s): %s%s" % (
+        source.name,
+        document["realm"],
+        document["epoch"],
+        world.wall() - document["generated_at"],
+        "" if document["complete"] else ", not complete",
+        "" if document["count"] in (None, len(document["vms"])) else ", count %d" % document["count"],
+        "" if document["proven"] else ", without proof",
+        vms or "no VMs",
+        "; destroyed: %s" % dead if dead else "",
+    )
+
+
+def _state(vm):
+    return "" if vm["state"] == "running" else " (%s)" % vm["state"]

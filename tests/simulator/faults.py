@@ -7,10 +7,12 @@ A fault is a function that gets pytest's monkeypatch and plants itself.
 
 from __future__ import annotations
 
-from ansible_collections.microvm.reaper.plugins.module_utils import acts
-from ansible_collections.microvm.reaper.plugins.plugin_utils import manifest, planner
+import dataclasses
 
-from . import sweeper
+from ansible_collections.microvm.reaper.plugins.module_utils import acts
+from ansible_collections.microvm.reaper.plugins.plugin_utils import brake, manifest, planner
+
+from . import disks, sweeper, world
 
 
 def strikes_are_not_cleared(patch):
@@ -41,11 +43,11 @@ def identity_by_name(patch):
 
 
 def the_cap_shortens_the_plan(patch):
-    """Too many VMs: the first few are taken."""
+    """Too many VMs: the first two are taken."""
     in_order = planner._in_order
 
     def first_few(tokens, kinds):
-        few = sorted({token["vm_id"] for token in tokens})[: sweeper.POLICY["max_per_host"]]
+        few = sorted({token["vm_id"] for token in tokens})[:2]
         return in_order([token for token in tokens if token["vm_id"] in few], kinds)
 
     patch.setattr(planner, "_in_order", first_few)
@@ -53,7 +55,7 @@ def the_cap_shortens_the_plan(patch):
 
 def there_is_no_cap(patch):
     """Any number of VMs is taken."""
-    patch.setattr(planner, "_over_cap", lambda families, tokens, policy: None)
+    patch.setattr(planner, "_over_cap", lambda *args: None)
 
 
 def an_empty_list_is_trusted(patch):
@@ -106,12 +108,15 @@ def unavailable_is_read_as_empty(patch):
 def check_mode_records(patch):
     """Check mode writes its strikes down."""
 
-    def carry_out(self, host, plan, sweep):
-        if sweep.check_mode:
-            plan = dict(plan, reap=[])
-        self.apply(host, plan, sweep)
+    carry_out = sweeper.Sweeper.carry_out
 
-    patch.setattr(sweeper.Sweeper, "carry_out", carry_out)
+    def and_write(self, host, plan, batch, weather):
+        carry_out(self, host, plan, batch, weather)
+        if batch.check_mode and host not in batch.refused and plan["ledger_changed"]:
+            plan = dict(plan, reap=[])
+            self.apply(host, plan, batch, sweeper.Hands(host, batch, weather, self.world))
+
+    patch.setattr(sweeper.Sweeper, "carry_out", and_write)
 
 
 def the_age_of_the_list_is_forgotten(patch):
@@ -135,13 +140,13 @@ def the_young_are_reaped(patch):
 
 def a_migration_has_one_end(patch):
     """The other host of a migration is forgotten."""
-    sorted_out = manifest._sorted_out
+    check = manifest.check
 
-    def one_end(entries, *args):
-        vms, dead = sorted_out(entries, *args)
-        return [(vm_id, hosts[:1]) for vm_id, hosts in vms], dead
+    def one_end(document, *args, **named):
+        vms = [dict(vm, also_on=[]) for vm in document["vms"]]
+        return check(dict(document, vms=vms), *args, **named)
 
-    patch.setattr(manifest, "_sorted_out", one_end)
+    patch.setattr(manifest, "check", one_end)
 
 
 def holders_do_not_count(patch):
@@ -176,7 +181,7 @@ def strikes_outlive_nothing(patch):
 def unfinished_is_forgotten(patch):
     """What waits for its turn is dropped from the ledger after the acts."""
     settled = acts.settled
-    patch.setattr(acts, "settled", lambda ledger, kept, *rest: settled(ledger, [], *rest))
+    patch.setattr(acts, "settled", lambda ledger, *rest: settled(dict(ledger, intents=[]), *rest))
 
 
 def names_hide_what_is_half_removed(patch):
@@ -206,6 +211,200 @@ def every_sweep_writes(patch):
     patch.setattr(judge, "_strike", restless)
 
 
+def nothing_latches(patch):
+    """A VM that was reaped and lives is nobody's business."""
+    patch.setattr(planner, "_false_positive", lambda *args: None)
+
+
+def the_latch_does_not_spread(patch):
+    """Only the host that found it stops."""
+    real = brake.brake
+
+    def alone(plans, *rest):
+        abort, refused = real(plans, *rest)
+        return abort, {host: one for host, one in refused.items() if plans[host]["refused"]}
+
+    patch.setattr(brake, "brake", alone)
+
+
+def the_latch_clears_itself(patch):
+    """What the ledger remembers of a latch is not looked at."""
+    real = planner.plan
+
+    def forgetful(facts, *rest):
+        return real(dict(facts, ledger=dict(facts["ledger"], latch=None)), *rest)
+
+    patch.setattr(planner, "plan", forgetful)
+
+
+def what_was_reaped_is_forgotten(patch):
+    """No host remembers what it removed."""
+    patch.setattr(acts, "_reaped", lambda *args: {})
+
+
+def what_lives_elsewhere_counts_as_reaped(patch):
+    """A VM that left its things behind and comes back is taken for a false positive."""
+    patch.setattr(planner._Judge, "evidence_of", lambda self, member: self._evidence(member["vm_id"]))
+
+
+def what_was_spent_is_forgotten(patch):
+    """Each batch has the caps of the run for itself."""
+    real = brake.brake
+    patch.setattr(brake, "brake", lambda plans, caps, spent: real(plans, caps))
+
+
+def there_is_no_cap_of_the_fleet(patch):
+    """Any number of VMs is taken in one run."""
+    patch.setattr(brake, "_over_cap", lambda *args: None)
+
+
+def the_unproven_is_reaped(patch):
+    """A list without proof is as good as one with it."""
+    patch.setattr(
+        planner._Judge,
+        "_evidence",
+        lambda self, vm_id: planner.TOMBSTONED if vm_id in self.share["tombstones"] else planner.ABSENT,
+    )
+
+
+def one_proof_is_enough(patch):
+    """Of several sources one proves for all."""
+    real = manifest.union
+    patch.setattr(
+        manifest, "union", lambda manifests: dict(real(manifests), proven=any(one["proven"] for one in manifests))
+    )
+
+
+def the_first_source_is_enough(patch):
+    """Of several sources only the first counts."""
+    real = manifest.union
+    patch.setattr(manifest, "union", lambda manifests: real(manifests[:1]))
+
+
+def a_source_that_fails_is_skipped(patch):
+    """No source is required."""
+    real = sweeper.fetch
+    patch.setattr(
+        sweeper,
+        "fetch",
+        lambda answers, wall: real(
+            [(dataclasses.replace(source, required=False), document) for source, document in answers], wall
+        ),
+    )
+
+
+def a_tombstone_beats_life(patch):
+    """What was destroyed once is dead, whoever has the id now."""
+    real = manifest.union
+
+    def morbid(manifests):
+        joined = real(manifests)
+        dead = {vm_id for one in manifests for vm_id in one["tombstones"]}
+        return dict(joined, vms=[vm for vm in joined["vms"] if vm[0] not in dead])
+
+    patch.setattr(manifest, "union", morbid)
+
+
+def a_host_left_out_counts_as_empty(patch):
+    """What the list does not speak for has no VMs."""
+    real = planner._untrusted
+    patch.setattr(
+        planner, "_untrusted", lambda facts, share, *rest: real(facts, dict(share, host_known=True), *rest)
+    )
+
+
+def strangers_are_adopted(patch):
+    """Another name, machine or realm is taken as it comes."""
+    patch.setattr(planner, "_stranger", lambda *args: None)
+
+
+def clones_are_accepted(patch):
+    """Two hosts may be the same machine."""
+    patch.setattr(brake, "_clones", lambda plans: {})
+
+
+def ages_by_the_wall_clock(patch):
+    """A host tells time by a clock that can be set."""
+    real = world.Host.facts
+
+    def by_wall(self, now, unavailable):
+        facts = real(self, now, unavailable)
+        facts["boottime_seconds"] = max(0.0, facts["boottime_seconds"] + self.skew)
+        for entry in facts["kinds"].values():
+            for one in entry["resources"]:
+                if one["age_seconds"] is not None:
+                    one["age_seconds"] = max(0.0, one["age_seconds"] + self.skew)
+        return facts
+
+    patch.setattr(world.Host, "facts", by_wall)
+
+
+def the_boot_is_forgotten(patch):
+    """Instants of the boot clock before a reboot are taken for instants after it."""
+    real = world.Host.facts
+    patch.setattr(world.Host, "facts", lambda self, *args: dict(real(self, *args), boot_id="boot"))
+
+
+def pins_are_ignored(patch):
+    """Nobody can have a VM left alone."""
+    patch.setattr(planner._Judge, "pin", lambda self, vm_id: None)
+
+
+def pins_end_a_day_early(patch):
+    """The day that a pin names is not a day of it."""
+    real = planner.pin
+
+    def early(text):
+        one = real(text)
+        return dict(one, until=one["until"] and one["until"] - 86400) if isinstance(text, str) else one
+
+    patch.setattr(planner, "pin", early)
+
+
+def garbled_pins_are_ignored(patch):
+    """A line of a pin file that cannot be understood pins nothing."""
+    real = planner._lenient_pin
+
+    def strict(line):
+        one = real(line)
+        return one if one["until"] or line == one["pattern"] else {"pattern": "", "until": None}
+
+    patch.setattr(planner, "_lenient_pin", strict)
+
+
+def reaped_without_remembering(patch):
+    """A ledger that cannot be written is no reason to stop."""
+    real = disks.Disks.save
+
+    def save(self, host, realm, ledger):
+        try:
+            return real(self, host, realm, ledger)
+        except acts.ledgers.LedgerError:
+            return dict(ledger)
+
+    patch.setattr(disks.Disks, "save", save)
+
+
+def strikes_come_at_once(patch):
+    """No time has to pass between two strikes."""
+    _with_policy(patch, strike_interval=0, min_age=0)
+
+
+def nobody_waits(patch):
+    """What is confirmed goes at once."""
+    _with_policy(patch, hold=dict.fromkeys(planner.GRADES, 0))
+
+
+def whatever_runs_is_ended(patch):
+    """Nothing is left alone because it runs."""
+    patch.setattr(planner, "is_permitted", lambda running, evidence: True)
+
+
+def _with_policy(patch, **changes):
+    real = planner.complete_policy
+    patch.setattr(planner, "complete_policy", lambda policy: dict(real(policy), **changes))
+
+
 FAULTS = [
     strikes_are_not_cleared,
     identity_by_name,
@@ -227,4 +426,28 @@ FAULTS = [
     unfinished_is_forgotten,
     names_hide_what_is_half_removed,
     every_sweep_writes,
+    nothing_latches,
+    the_latch_does_not_spread,
+    the_latch_clears_itself,
+    what_was_reaped_is_forgotten,
+    what_lives_elsewhere_counts_as_reaped,
+    what_was_spent_is_forgotten,
+    there_is_no_cap_of_the_fleet,
+    the_unproven_is_reaped,
+    one_proof_is_enough,
+    the_first_source_is_enough,
+    a_source_that_fails_is_skipped,
+    a_tombstone_beats_life,
+    a_host_left_out_counts_as_empty,
+    strangers_are_adopted,
+    clones_are_accepted,
+    ages_by_the_wall_clock,
+    the_boot_is_forgotten,
+    pins_are_ignored,
+    pins_end_a_day_early,
+    garbled_pins_are_ignored,
+    reaped_without_remembering,
+    strikes_come_at_once,
+    nobody_waits,
+    whatever_runs_is_ended,
 ]

@@ -1,174 +1,386 @@
 # Copyright: The microvm.reaper authors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""A sweep: the real planner, brake, manifest and ledger code, on facts of the model and with hands of the model."""
+"""A run of sweeps: the real planner, brake, manifest and acts, on facts of the model and with hands of the model."""
 
 from __future__ import annotations
 
-import json
+import contextlib
 
 from ansible_collections.microvm.reaper.plugins.module_utils import acts
 from ansible_collections.microvm.reaper.plugins.module_utils import resource as r
+from ansible_collections.microvm.reaper.plugins.module_utils.ledger import LedgerError
 from ansible_collections.microvm.reaper.plugins.plugin_utils import brake, manifest, planner
+from ansible_collections.microvm.reaper.plugins.plugin_utils.facts import vm_ids
 from unit.builders import TRAITS
 
-from . import actions
-from .control_plane import MAX_AGE
-from .world import REALM
+from . import actions, person
+from .control_plane import HONEST
+from .terms import BEYOND, MAX_AGE, REALM
 
-CAPS = {"max_per_fleet": 1000, "max_percent": 100, "percent_floor": 4}
-POLICY = {"realm": REALM, "reused_ids": [".*"], "max_per_host": 4, "max_percent_per_host": 80, "percent_floor": 4}
-# A person who has looked, and lets one sweep through.
-LIFTED = dict(POLICY, max_per_host=1000, max_percent_per_host=100, max_shrink_percent=100)
+CAPS_LIFTED = {"max_per_fleet": BEYOND, "max_percent": 100, "percent_floor": 2}
+UNDETECTABLE = ("glitch", "bare")
+# Lies that a host sees through by what it remembers.
+DETECTABLE = ("shrunk", "stale copy")
 
 
-class Sweep:
-    """What one sweep did, for the invariants to look at."""
+class Complete(dict):
+    """A policy that complete_policy() has seen: it is the same for all hosts of a batch but for their names."""
 
-    def __init__(self, check_mode, policy):
-        self.check_mode, self.policy = check_mode, policy
-        self.mood, self.fetched = None, 0.0
+
+@contextlib.contextmanager
+def policies_are_completed_once():
+    """Have the planner complete a policy once for a batch and not for each host of it."""
+    real = planner.complete_policy
+
+    def once(policy):
+        return policy if isinstance(policy, Complete) else Complete(real(policy))
+
+    planner.complete_policy = once
+    try:
+        yield
+    finally:
+        planner.complete_policy = real
+
+
+class Killed(BaseException):
+    """The reaper of a host ends at once, in the middle of an act."""
+
+
+class Batch:
+    """What one batch of a run did, for the invariants to look at. ``names`` of its hosts and ``keep`` are the
+    inventory's, as the run read them when it began."""
+
+    def __init__(self, names, keep, check_mode, answers, caps):
+        self.names, self.keep, self.check_mode, self.answers, self.caps = names, keep, check_mode, answers, caps
+        self.mood, self.documents, self.lists, self.fetched = None, [], None, 0.0
         self.unavailable = {}
-        self.plans = {}
-        self.stopped = None
-        self.reaped = []
-        self.carried_out = set()
-        self.killed = set()
+        self.plans, self.policies = {}, {}
+        self.stopped, self.refused = None, {}
+        self.reaped, self.finished, self.stopped_things = [], [], []
+        self.times = {}
+        self.carried_out, self.killed, self.failed = set(), set(), set()
+        self.before = {}
+
+
+class Before:
+    """What was true of a host when its facts were gathered."""
+
+    def __init__(self, host, keep):
+        self.ledger, self.bound, self.is_latched, self.gone = host.ledger, host.bound, host.is_latched, host.gone
+        self.machine, self.pins = host.machine, [*keep, *host.pins]
+        self.is_strange = bool(host.other_realms) and not host.ledger["generation"]
+
+
+class Run:
+    """The batches of one run, and how many VMs it was to reap and reaped."""
+
+    def __init__(self):
+        self.batches, self.spent, self.reaped = [], 0, set()
+
+
+class Weather:
+    """What troubles a host in one batch, all drawn at once so that one trouble changes no other."""
+
+    def __init__(self, trouble=1.0, is_killed=False, which=0.0):
+        place, kinds = int(which * 60), list(TRAITS)
+        self.is_silent = trouble < 0.02
+        self.unavailable = []
+        if 0.02 < trouble < 0.1:
+            self.unavailable = sorted({kinds[place % 6], kinds[max(0, place // 10 - 2)]})
+        # Whether, and at which act, the reaper is killed.
+        self.killed_at = int(which * 4) if is_killed else None
+        self.is_half_done = which * 4 % 1 < 0.8
+
+
+CALM = Weather()
 
 
 class Sweeper:
-    """Runs sweeps over all hosts of a world."""
+    """Runs sweeps over the hosts of a world. ``watch(run, batch)`` is called after each batch."""
 
-    def __init__(self, world, control_plane):
-        self.world, self.control_plane = world, control_plane
-        self.lift = False
+    def __init__(self, world, control_plane, watch):
+        self.world, self.control_plane, self.watch = world, control_plane, watch
+        self.sweeps = 0
+        self.is_unreliable = any(source.fails for source in world.terms.sources)
 
-    def sweep(self):
-        """Gather, fetch, plan, brake, act; things happen in between."""
+    def run(self, step, has):
+        """Sweep all hosts, batch after batch; ``has(slot)`` tells what is not left out of this step."""
+        world, run = self.world, Run()
+        world.chance(step, 5)
+        check_mode, long = world.random.random() < 0.08, world.random.random() < 0.03
+        answers = person.Answers()
+        if world.refusals and has(7):
+            world.chance(step, 7)
+            answers = person.answer(world, world.refusals)
+        world.refusals, keep = {}, list(world.keep)
+        world.is_swept = True
+        for number, names in enumerate(_batches(world)):
+            caps = CAPS_LIFTED if answers.lifted else world.terms.caps
+            batch = Batch(names, keep, check_mode, answers, caps)
+            run.batches.append(batch)
+            self._batch(run, batch, step, 10 + 10 * number, has, long and has(8))
+            self.watch(run, batch)
+            if _ends(batch, world.terms.waves):
+                break
+        world.is_swept = False
+        return run
+
+    def _batch(self, run, batch, step, slot, has, is_long):
+        """Gather, fetch, plan, brake, act; things happen in between. ``slot`` is the first of this batch."""
         world = self.world
-        policy, self.lift = (LIFTED if self.lift else POLICY), False
-        sweep = Sweep(world.random.random() < 0.1, policy)
-        facts = {host: self._gather(host, sweep) for host in world.hosts}
-        self._meanwhile()
-        self._plan(facts, sweep)
-        if sweep.stopped:
-            self.lift = sweep.stopped["code"] in ("host_cap", "shrunk")
-            world.story.tell("the sweep is stopped: %s", sweep.stopped["message"])
-            return sweep
-        if world.random.random() < 0.05:
-            self._other_controller()
-        self._meanwhile()
-        for host, plan in sweep.plans.items():
-            if not plan["refused"]:
-                self.carry_out(host, plan, sweep)
-        return sweep
-
-    def carry_out(self, host, plan, sweep):
-        """What the module reap does with a plan: only look in check mode, else act."""
-        if not sweep.check_mode:
-            if plan["reap"] or plan["ledger_changed"]:
-                self.apply(host, plan, sweep)
-            elif sweep.mood == "honest":
-                host.heard_the_truth = sweep.fetched
-
-    def apply(self, host, plan, sweep):
-        """What acts.apply() does, on the model's host."""
-        if host.ledger["generation"] != plan["generation"]:
-            self.world.story.tell("%s: busy, another controller was here", host)
+        world.chance(step, slot)
+        draw = world.random.random
+        pauses = [3.0 * draw(), (900.0 if is_long else 3.0) * draw()]
+        surprises = [draw() < 0.3 and has(slot + 1), draw() < 0.3 and has(slot + 4)]
+        is_another = draw() < 0.04 and has(slot + 3)
+        drawn = [(host, draw(), draw() < world.terms.killed, draw()) for host in batch.names]
+        weather = {host: Weather(*draws) if has(6) else CALM for host, *draws in drawn}
+        world.story.tell(
+            "%s of %s", "check mode" if batch.check_mode else "sweep", ", ".join(batch.names.values())
+        )
+        facts = {}
+        for host in batch.names:
+            if world.now < host.away_until or weather[host].is_silent:
+                world.story.tell("%s: no answer", host)
+                batch.failed.add(host)
+                continue
+            kinds = batch.unavailable[host] = weather[host].unavailable
+            if kinds:
+                world.story.tell("%s: cannot read %s", host, ", ".join(kinds))
+            facts[host] = self._facts(host, kinds)
+            batch.times[host] = world.now
+            batch.before[host] = Before(host, batch.keep)
+        if not facts:
             return
-        tokens, kept = plan["reap"], plan["ledger"]["intents"]
-        ledger = save(host, dict(host.ledger, **dict(plan["ledger"], intents=kept + tokens)))
-        sweep.carried_out.add(host)
-        host.learned_from_a_glitch = sweep.mood == "glitch"
-        if sweep.mood == "honest":
-            host.heard_the_truth = sweep.fetched
-        outcomes = []
-        for token in tokens:
-            if self.world.random.random() < (0.15 if token["kind"] == "dm_thin" else 0.02):
-                self._killed(host, token, sweep)
-                return
-            outcomes.append(self._act(host, token, sweep))
-        if tokens:
-            save(host, acts.settled(ledger, kept, tokens, outcomes))
+        self.sweeps += len(facts)
+        self._meanwhile(pauses[0], surprises[0], step, slot + 1)
+        if world.mood != HONEST or self.is_unreliable:
+            world.chance(step, slot + 2)
+        self._plan(facts, batch)
+        if not batch.stopped:
+            self._brake(run, batch)
+        self._tell(batch)
+        if batch.stopped:
+            world.refusals[None] = batch.stopped["code"]
+            batch.failed.update(batch.names)
+            return
+        if is_another:
+            world.chance(step, slot + 3)
+            self._other_controller(batch)
+        self._meanwhile(pauses[1], surprises[1], step, slot + 4)
+        for host, plan in batch.plans.items():
+            if world.now < host.away_until:
+                batch.failed.add(host)
+            else:
+                self.carry_out(host, plan, batch, weather[host])
 
-    def _gather(self, host, sweep):
-        kinds = [kind for kind in TRAITS if self.world.random.random() < 0.03]
-        sweep.unavailable[host] = kinds
+    def _facts(self, host, kinds):
         return host.facts(self.world.now, kinds)
 
-    def _plan(self, facts, sweep):
+    def _plan(self, facts, batch):
         world = self.world
-        sweep.fetched = world.now
-        document, sweep.mood = self.control_plane.document(sweep.policy is LIFTED)
+        batch.fetched = world.now
+        answers, batch.mood = self.control_plane.answers(batch.answers.needs_truth())
         try:
-            checked = manifest.check(document, "cp", now=world.now, max_age=MAX_AGE)
+            batch.lists, batch.documents = fetch(answers, world.wall())
         except manifest.ManifestError as err:
-            sweep.stopped = {"code": err.code, "message": str(err)}
+            batch.stopped = {"code": err.code, "message": str(err)}
             return
-        lists = manifest.union([checked])
+        said = planner.complete_policy(dict(world.terms.policy, host="*", keep=batch.keep, **batch.answers.policy))
         for host, one in facts.items():
-            ids = {resource["vm_id"] for entry in one["kinds"].values() for resource in entry["resources"]}
-            ids.update(strike["vm_id"] for strike in one["ledger"]["strikes"].values())
-            ids.update(token["vm_id"] for token in one["ledger"]["intents"])
-            policy = dict(sweep.policy, host=host.name)
-            sweep.plans[host] = planner.plan(one, share(lists, host.name, ids), policy, TRAITS)
-        sweep.stopped, refused = brake.brake({host.name: plan for host, plan in sweep.plans.items()}, CAPS)
-        for host, plan in sweep.plans.items():
-            plan["refused"] = plan["refused"] or refused.get(host.name)
+            policy = Complete(said, host=batch.names[host], adopt_host=host in batch.answers.adopted)
+            batch.policies[host] = policy
+            mine = share(batch.lists, batch.names[host], vm_ids(one))
+            batch.plans[host] = planner.plan(one, mine, policy, TRAITS)
 
-    def _meanwhile(self):
-        self.world.now += self.world.random.uniform(0.0, 3.0)
-        if self.world.random.random() < 0.3:
-            actions.happen(self.world, 1)
+    def _brake(self, run, batch):
+        """What the action brake does: the sum of what earlier batches were to reap is carried on."""
+        plans = {batch.names[host]: plan for host, plan in batch.plans.items()}
+        batch.stopped, refused = brake.brake(plans, batch.caps, run.spent)
+        run.spent += brake.doomed(plans)
+        batch.refused = {host: refused[name] for host, name in batch.names.items() if name in refused}
+        for host, refusal in batch.refused.items():
+            self.world.refusals[host] = refusal["code"]
+            batch.failed.add(host)
 
-    def _other_controller(self):
+    def carry_out(self, host, plan, batch, weather):
+        """What the module reap does with a plan: remember a latch, only look in check mode, else act."""
+        refusal = batch.refused.get(host)
+        hands = Hands(host, batch, weather, self.world)
+        if refusal:
+            if refusal["code"] == brake.LATCHED and not batch.check_mode:
+                self._latch(host, refusal)
+        elif batch.check_mode:
+            acts.foresee(plan["reap"], hands)
+        elif plan["reap"] or plan["ledger_changed"]:
+            self.apply(host, plan, batch, hands)
+        elif batch.mood == HONEST:
+            host.heard_the_truth, host.learned_from_a_lie = batch.fetched, False
+
+    def apply(self, host, plan, batch, hands):
+        """Have acts.apply() carry out the plan, and keep account of what the host has to know by then."""
+        before = host.ledger
+        try:
+            acts.apply(plan, hands, host, REALM)
+        except Killed:
+            batch.killed.add(host)
+        except LedgerError as err:
+            batch.failed.add(host)
+            self.world.story.tell("%s: %s", host, err)
+        if host.ledger is before:
+            return
+        batch.carried_out.add(host)
+        host.bound = (batch.names[host], plan["ledger"]["machine_id"])
+        if batch.answers.policy.get("clear_latch"):
+            host.is_latched = False
+        live = listed(batch, host)
+        self._strike(host, live, batch.times[host])
+        host.gone = {vm_id for vm_id in host.gone if vm_id not in live}
+        # Nobody knows how far a reaper came that was killed: it counts as if all had been removed.
+        killed = plan["reap"] if host in batch.killed else ()
+        host.gone.update(hands.gone, (token["vm_id"] for token in killed if token["evidence"] != r.ELSEWHERE))
+        host.believed = batch.mood if batch.mood in DETECTABLE else None
+        if batch.mood in UNDETECTABLE:
+            host.learned_from_a_lie = True
+        elif batch.mood == HONEST:
+            host.heard_the_truth, host.learned_from_a_lie = batch.fetched, False
+
+    def _strike(self, host, live, when):
+        """Count the sweep for what it could strike."""
+        interval = self.world.terms.policy["strike_interval"]
+        for thing in host.things.values():
+            if thing.vm.vm_id in live:
+                thing.strikes, thing.first_strike, thing.last_strike = 0, None, -1e9
+            elif thing.born <= when and when - thing.last_strike >= interval:
+                thing.strikes, thing.last_strike = thing.strikes + 1, when
+                thing.first_strike = when if thing.first_strike is None else thing.first_strike
+
+    def _latch(self, host, refusal):
+        try:
+            acts.latch(refusal, host, REALM)
+            host.is_latched = True
+        except LedgerError:
+            pass
+
+    def _meanwhile(self, seconds, is_surprise, step, slot):
+        self.world.wait(seconds)
+        if is_surprise:
+            self.world.chance(step, slot)
+            actions.happen(self.world)
+
+    def _other_controller(self, batch):
         """Another job sweeps one of the hosts between this one's facts and acts, with the same right to do so."""
-        other = Sweeper(self.world, self.control_plane)
-        host = self.world.random.choice(self.world.hosts)
-        one = Sweep(False, POLICY)
-        facts = {host: host.facts(self.world.now, [])}
-        other._plan(facts, one)
-        plan = one.plans.get(host)
-        if not one.stopped and plan and not plan["refused"] and not plan["reap"] and plan["ledger_changed"]:
+        host = self.world.pick(batch.names)
+        other = Batch({host: batch.names[host]}, batch.keep, False, person.Answers(), self.world.terms.caps)
+        other.times[host] = self.world.now
+        self._plan({host: self._facts(host, [])}, other)
+        plan = other.plans.get(host)
+        if plan and not plan["refused"] and not plan["reap"] and plan["ledger_changed"]:
             self.world.story.tell("another controller sweeps %s", host)
-            other.apply(host, plan, one)
+            self.apply(host, plan, other, Hands(host, other, CALM, self.world))
 
-    def _killed(self, host, token, sweep):
-        """The reaper is killed in the middle of an act: before it, or half way through."""
-        thing = host.things.get((token["kind"], token["name"]))
-        half = thing and thing.kind == "dm_thin" and thing.identity == token["identity"] and not host.in_use(thing)
-        if half and self.world.random.random() < 0.8:
-            host.drop(thing)
-            host.half[thing.identity] = thing
-            sweep.reaped.append((host, thing))
-        sweep.killed.add(host)
-        self.world.story.tell("%s: the reaper is killed at %s %s", host, token["kind"], token["name"])
+    def _tell(self, batch):
+        """Tell what was decided."""
+        story = self.world.story
+        if not story.is_wanted:
+            return
+        if batch.stopped:
+            story.tell("the batch is stopped (%s): %s", batch.stopped["code"], batch.stopped["message"])
+            return
+        for host, plan in batch.plans.items():
+            refusal = batch.refused.get(host)
+            story.tell("%s: %s", host, "refused (%(code)s): %(message)s" % refusal if refusal else _decided(plan))
 
-    def _act(self, host, token, sweep):
+
+class Hands:
+    """What acts.Hands does, on things of the model. ``gone``: ids that the ledger has to remember as reaped."""
+
+    def __init__(self, host, batch, weather, world):
+        self.host, self.batch, self.weather, self.world = host, batch, weather, world
+        self.kinds = dict.fromkeys(TRAITS)
+        self.acts, self.gone = 0, set()
+
+    def prepare(self, tokens):
+        """Add nothing to the tokens."""
+        return tokens
+
+    def do(self, act, token):
+        """Look at a thing, end what runs in it, or remove it; sometimes be killed before or half way through."""
+        thing = self.host.things.get((token["kind"], token["name"]))
+        if act == "remove":
+            self._survive(token, thing)
         if token.get("resume"):
-            thing = host.half.pop(token["identity"], None)
-            if thing:
-                self.world.story.tell("%s: %s is finished", host, thing)
-                return r.outcome(token, r.REAPED)
-            return r.outcome(token, r.ALREADY_GONE)
-        thing = host.things.get((token["kind"], token["name"]))
+            return self._finish(token) if act == "remove" else None
         if thing is None:
             return r.outcome(token, r.ALREADY_GONE)
         if thing.identity != token["identity"]:
             return r.outcome(token, r.IDENTITY_CHANGED)
-        if token["stop"]:
-            thing.runaway = False
-        if host.in_use(thing) and not token["stop"]:
+        if act == "stop":
+            return self._stop(thing, token)
+        if self.host.in_use(thing):
             return r.outcome(token, r.DEFERRED)
-        host.drop(thing)
-        sweep.reaped.append((host, thing))
-        self.world.story.tell("%s: %s is reaped", host, thing)
+        if act == "inspect":
+            return None
+        self._remove(thing, token)
         return r.outcome(token, r.REAPED)
 
+    def _stop(self, thing, token):
+        """End what runs in it; of a VM that lives this is as bad as removing it."""
+        self.batch.stopped_things.append((self.host, thing, token["evidence"]))
+        if thing.vm.lives_on(self.host):
+            self.batch.reaped.append((self.host, thing))
+        thing.runaway = False
 
-def save(host, ledger):
-    """What ledger.save() does, but for the file: the generation goes up, and it is JSON in between."""
-    host.ledger = json.loads(json.dumps(dict(ledger, generation=ledger["generation"] + 1)))
-    return host.ledger
+    def _remove(self, thing, token):
+        self.host.drop(thing)
+        thing.evidence = token["evidence"]
+        self.batch.reaped.append((self.host, thing))
+        # What lives elsewhere may come back; a VM that the list does not have, or calls destroyed, may not.
+        if not any(vm["vm_id"] == token["vm_id"] for document in self.batch.documents for vm in document["vms"]):
+            self.gone.add(token["vm_id"])
+        self.world.story.tell("%s: the %s is removed", self.host, thing)
+
+    def _finish(self, token):
+        thing = self.host.half.pop(token["identity"], None)
+        if thing is None:
+            return r.outcome(token, r.ALREADY_GONE)
+        self.batch.finished.append((self.host, thing))
+        self.world.story.tell("%s: the %s was half removed, and goes now", self.host, thing)
+        if token.get("evidence") != r.ELSEWHERE:
+            self.gone.add(token["vm_id"])
+        return r.outcome(token, r.REAPED)
+
+    def _survive(self, token, thing):
+        self.acts += 1
+        if self.weather.killed_at is None:
+            return
+        # Mostly just where something can be half done.
+        here = token["kind"] == "dm_thin" if self.weather.killed_at else self.acts > 1
+        if not here:
+            return
+        can_be_half = thing and thing.kind == "dm_thin" and thing.identity == token["identity"]
+        if can_be_half and self.weather.is_half_done and not self.host.in_use(thing):
+            self._remove(thing, token)
+            self.host.half[thing.identity] = thing
+        self.world.story.tell("%s: the reaper is killed at the %s %s", self.host, token["kind"], token["name"])
+        raise Killed
+
+
+def fetch(answers, wall):
+    """What sources.fetch() does with the answers of the sources; also return the documents that were accepted."""
+    checked, accepted = [], []
+    for source, document in answers:
+        try:
+            if document is None:
+                raise manifest.ManifestError("unreachable", "%s: no answer" % source.name)
+            checked.append(manifest.check(document, source.name, now=wall, max_age=MAX_AGE))
+            accepted.append(document)
+        except manifest.ManifestError:
+            if source.required:
+                raise
+    if not checked:
+        raise manifest.ManifestError("no_source", "none of the live sources answered")
+    return manifest.union(checked), accepted
 
 
 def share(lists, host, ids):
@@ -181,11 +393,52 @@ def share(lists, host, ids):
             live.add(vm_id)
         else:
             elsewhere.setdefault(vm_id, set()).update(where)
-    kept = ("realm", "source", "epoch", "epochs", "generated_at", "age", "count", "proven")
     return dict(
-        {key: lists[key] for key in kept},
+        {key: value for key, value in lists.items() if key not in ("vms", "hosts")},
         live=sorted(live),
         elsewhere={vm_id: sorted(elsewhere[vm_id]) for vm_id in sorted(elsewhere) if vm_id not in live},
         tombstones={vm_id: since for vm_id, since in lists["tombstones"].items() if vm_id in ids},
         host_known=lists["hosts"] is None or host in lists["hosts"],
     )
+
+
+def listed(batch, host):
+    """Return the ids that the accepted documents list on a host, read as a person would."""
+    name = batch.names[host]
+    everywhere = any("hosts" not in document for document in batch.documents)
+    return {
+        vm["vm_id"]
+        for document in batch.documents
+        for vm in document["vms"]
+        if everywhere or name == vm["host"] or name in vm["also_on"]
+    }
+
+
+def _batches(world):
+    """Return the batches of a run, each as ``{host: name}``; the inventory is read once."""
+    sizes, names, batches = list(world.terms.batches), [(host, host.called) for host in world.hosts], []
+    while names:
+        size = sizes.pop(0) if len(sizes) > 1 else sizes[0]
+        batches.append(dict(names[:size]))
+        names = names[size:]
+    return batches
+
+
+def _ends(batch, waves):
+    """What Ansible does: a wave that is not clean is the last, and so is a batch in which every host failed."""
+    return bool(batch.failed) if waves else len(batch.failed) == len(batch.names)
+
+
+def _decided(plan):
+    """Return the verdicts of a plan, as a sentence."""
+    said = []
+    for vm_id, family in plan["families"].items():
+        members = {(one["verdict"], one["reasons"][0]["text"] if one["reasons"] else "") for one in family["resources"]}
+        besides = "; ".join("%s: %s" % one for one in sorted(members) if one[1])
+        reason = family["reasons"][-1]["text"] if family["reasons"] else ""
+        strikes = ", %d strikes" % family["strikes"] if family["strikes"] else ""
+        said.append("%s %s%s (%s%s)" % (vm_id, family["verdict"], strikes, reason, besides and "; " + besides))
+    if plan["vms"]["live"]:
+        said.append("%d live" % plan["vms"]["live"])
+    going = sorted({token["vm_id"] for token in plan["reap"]})
+    return "%s%s" % (", ".join(said) or "nothing", "; to be reaped: %s" % ", ".join(going) if going else "")

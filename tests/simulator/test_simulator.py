@@ -4,43 +4,96 @@
 
 from __future__ import annotations
 
+import collections
 import random
 import re
 
 import pytest
+from ansible_collections.microvm.reaper.plugins.module_utils import ledger as ledgers
 from ansible_collections.microvm.reaper.plugins.plugin_utils import manifest
 
-from simulator import faults, sweeper
-from simulator.simulate import Failure, main, simulate
+from simulator import disks, faults, simulate, sweeper
+
+SWEEPS, PARTS = 200_000, 10
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_nothing_goes_wrong(seed):
-    counts = simulate(5000, seed)
+@pytest.mark.parametrize("part", range(PARTS))
+def test_nothing_goes_wrong(part):
+    counts = simulate.simulate(SWEEPS // PARTS, 100 + part)
     # A world in which nothing happens would prove nothing.
-    assert counts["reaped"] > 1000
-    assert counts["stopped"] > 300
+    assert counts["reaped"] > 1500
+    for code in ("latched", "host_renamed", "machine_id_changed", "blind"):
+        assert counts[code] > 100, code
+    for code in ("shrunk", "host_cap", "realm_changed", "incomplete", "other_realm", "stale", "from_the_future"):
+        assert counts[code] > 30, code
+    for code in ("epoch_went_back", "host_unknown", "unknown_host", "unreachable", "fleet_cap", "cloned_machine_id"):
+        assert counts[code] > 20, code
+    assert counts["killed"] > 50
+    assert counts["finished"] > 5
 
 
 @pytest.mark.parametrize("fault", faults.FAULTS, ids=lambda fault: fault.__name__)
 def test_a_planted_bug_is_found(fault, monkeypatch):
     fault(monkeypatch)
-    with pytest.raises(Failure, match=r"^seed 0, after \d+ sweeps: "):
-        simulate(10000, 0)
+    with pytest.raises(simulate.Failure, match=r"^seed \d+, after \d+ sweeps: "):
+        simulate.simulate(10000, 0)
 
 
-def test_a_failure_tells_its_story(monkeypatch, capsys):
+def test_a_failure_tells_a_short_story(monkeypatch, capsys):
     faults.a_migration_has_one_end(monkeypatch)
-    monkeypatch.setattr("sys.argv", ["simulate.py", "--sweeps", "10000", "--seed", "0"])
-    assert main() == 1
+    monkeypatch.setattr("sys.argv", ["simulate.py", "--sweeps", "10000", "--seed", "0", "--jobs", "1"])
+    assert simulate.main() == 1
     told = capsys.readouterr().out
-    assert told.startswith("seed 0\nseed 0, after ")
-    assert re.search(r"\+ *\d+ s  v\d\d \(life \d+\) begins to move from h\d to h\d", told)
-    assert "where the VM lives" in told.splitlines()[-1]
+    seed = re.match(r"seed 0\nseed (\d+), after \d+ sweeps: ", told)[1]
+    assert re.search(r"\+\d+ s  (v\d\d).* begins to move from h\d to h\d\n(?s:.*) says .*\1 on h\d", told)
+    assert len(told.splitlines()) < 60
+    assert told.endswith("Again: make simulate SWEEPS=1 SEED=%s\n" % seed)
+    assert simulate.main() == 1
+    assert capsys.readouterr().out == told
 
 
-def test_the_same_seed_tells_the_same_story():
-    assert simulate(600, 5) == simulate(600, 5)
+def test_the_same_seed_lives_the_same_life():
+    assert simulate.simulate(600, 5) == simulate.simulate(600, 5)
+
+
+def test_the_seed_of_a_world_is_enough_to_repeat_it():
+    second = list(zip(range(2), simulate.seeds(5), strict=False))[1][1]
+    first, both, alone = collections.Counter(), collections.Counter(), collections.Counter()
+    simulate.live_through(5, first)
+    simulate.live_through(5, both)
+    simulate.live_through(second, both)
+    simulate.live_through(second, alone)
+    assert both == first + alone
+
+
+def test_processes_change_nothing(monkeypatch, capsys):
+    lines = []
+    for jobs in ("1", "2"):
+        monkeypatch.setattr("sys.argv", ["simulate.py", "--sweeps", "1500", "--seed", "5", "--jobs", jobs])
+        monkeypatch.setattr(simulate, "WORLDS_AT_ONCE", 1)
+        assert simulate.main() == 0
+        lines.append(capsys.readouterr().out.splitlines()[2])
+    assert lines[0] == lines[1]
+
+
+def test_the_disks_in_memory_are_those_of_files(tmp_path):
+    class Files(disks.Disks):
+        """The real ledger, and besides what the model has of it."""
+
+        def save(self, host, realm, ledger):
+            place = str(tmp_path / host.name)
+            if host.ledger["generation"] == 0:
+                (tmp_path / host.name / realm / "ledger.json").unlink(missing_ok=True)
+            assert ledgers.load(place, realm) == (dict(host.ledger, realm=realm), None)
+            written = super().save(host, realm, ledger)
+            assert ledgers.save(place, realm, ledger) == written
+            return written
+
+    for seed in (1, 3):
+        in_memory, in_files = collections.Counter(), collections.Counter()
+        simulate.live_through(seed, in_memory)
+        simulate.live_through(seed, in_files, disks_class=Files)
+        assert in_memory == in_files
 
 
 def test_the_share_in_memory_is_that_of_the_index(tmp_path):

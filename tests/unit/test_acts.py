@@ -238,6 +238,8 @@ def test_row_30_a_reaper_that_is_killed_leaves_its_intents_and_the_next_one_ends
     ledger = ledgers.load(state, REALM)[0]
     assert [token["name"] for token in ledger["intents"]] == ["a", "b", "c"]
     assert len(ledger["strikes"]) == 3
+    # Nobody knows how far it came: should the VM show up, something of it may be gone.
+    assert list(ledger["reaped"]) == ["v1"]
     # The lock went with the process, although a child of it still hangs.
     outcomes = apply(tokens, state, model.kind("cgroup"), model.kind("dm"))
     assert results(outcomes) == ["already_gone", "reaped", "reaped"]
@@ -310,3 +312,30 @@ def test_check_mode_knows_that_what_is_in_the_way_goes_first(model):
 
 def test_outcomes_and_ledgers_are_json(model, state):
     json.dumps(apply(model.make("dm/a"), state, model.kind("dm")))
+
+
+def test_what_is_spared_stays_and_is_told():
+    tokens = [
+        {"kind": "cgroup", "name": "a", "vm_id": "v1"},
+        {"kind": "jail", "name": "b", "vm_id": "v2"},
+        {"kind": "dm_thin", "name": "c", "vm_id": "v2", "resume": True},
+    ]
+    whole = {"reap": tokens, "ledger": {"intents": [{"kind": "dm_thin", "name": "z", "vm_id": "v3"}], "strikes": {}}}
+    plan, outcomes = acts.spared(whole, {"v2": "it lives"})
+    assert plan["reap"] == tokens[:1]
+    assert [(one["name"], one["outcome"], one["message"]) for one in outcomes] == [
+        ("b", r.DEFERRED, "spared: it lives"),
+        ("c", r.DEFERRED, "spared: it lives"),
+    ]
+    # A removal that was begun is not forgotten.
+    assert [one["name"] for one in plan["ledger"]["intents"]] == ["z", "c"]
+    assert acts.spared(whole, {}) == (whole, [])
+
+
+def test_only_what_was_removed_stays_remembered_as_reaped(model, state):
+    tokens = model.make("cgroup/a")
+    busy = {"remove": lambda token, rules, host: r.outcome(token, r.DEFERRED, "busy")}
+    assert results(apply(tokens, state, model.kind("cgroup", **busy))) == ["deferred"]
+    assert ledgers.load(state, REALM)[0]["reaped"] == {}
+    assert results(apply(tokens, state, model.kind("cgroup"))) == ["reaped"]
+    assert list(ledgers.load(state, REALM)[0]["reaped"]) == ["v1"]

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import pytest
-from ansible_collections.microvm.reaper.plugins.plugin_utils.brake import BATCH_CODES, brake
+from ansible_collections.microvm.reaper.plugins.plugin_utils.brake import BATCH_CODES, brake, live_again
 
 
 def plan(code=None, machine_id=None, dying=0, live=100):
@@ -70,3 +70,11 @@ def test_row_35_a_latch_of_one_host_holds_for_all():
     abort, refused = brake({"h1": plan("latched"), "h2": plan(dying=1), "h3": plan("blind")}, CAPS)
     assert abort is None
     assert {host: one["code"] for host, one in refused.items()} == dict.fromkeys(["h1", "h2", "h3"], "latched")
+
+
+def test_what_is_listed_after_all_is_spared_where_it_may_live():
+    plans = {name: dict(plan(dying=3), host=host) for name, host in (("h1", "rack1"), ("h2", "rack2"))}
+    found = live_again(plans, {"v0": ["rack1"], "v1": [], "v2": ["rack3"], "v9": ["rack1"]}, False)
+    assert {host: sorted(one) for host, one in found.items()} == {"h1": ["v0", "v1"], "h2": ["v1"]}
+    assert sorted(live_again(plans, {"v2": ["rack3"]}, True)) == ["h1", "h2"]
+    assert live_again(plans, {}, True) == {}

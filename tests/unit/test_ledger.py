@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import stat
 import subprocess
 import sys
 
@@ -38,6 +39,44 @@ def write(state, content):
     return path
 
 
+# What a host of this version keeps. Other versions have to understand it, or to call it corrupt.
+ON_DISK = {
+    "version": 1,
+    "realm": "prod",
+    "host": None,
+    "machine_id": None,
+    "generation": 1,
+    "manifest": {"epochs": {}, "count": None},
+    "strikes": {"cgroup a": STRIKE},
+    "intents": [INTENT],
+    "reaped": {},
+    "latch": None,
+}
+
+
+def test_what_lies_on_the_disk(state):
+    ledgers.save(state, REALM, good())
+    with open(ledgers.path_of(state, REALM)) as stream:
+        assert stream.read() == json.dumps(ON_DISK, sort_keys=True)
+
+
+def test_a_ledger_that_is_older_than_the_latch(state):
+    old = {key: value for key, value in ON_DISK.items() if key not in ("host", "machine_id", "reaped", "latch")}
+    write(state, json.dumps(old).encode())
+    assert ledgers.load(state, REALM) == (ON_DISK, None)
+
+
+def test_a_ledger_is_of_the_realm_and_the_version_that_saves_it(state):
+    saved = ledgers.save(state, "staging", dict(good(), version=0))
+    assert ledgers.load(state, "staging") == (saved, None)
+
+
+def test_what_was_never_saved_may_come_from_elsewhere():
+    seen = {"epochs": {"a": 7, "b": 0.5}, "count": 9}
+    full = good(manifest=seen, reaped={"v1": 1}, latch={"code": "c", "message": "m"})
+    assert ledgers.checked(full, REALM) == full
+
+
 def test_a_host_without_a_ledger_remembers_nothing(state):
     assert ledgers.load(state, REALM) == (ledgers.empty(REALM), None)
     assert not os.path.exists(state)
@@ -64,6 +103,11 @@ def test_a_realm_is_a_plain_name(state, realm):
         ledgers.path_of(state, realm)
 
 
+@pytest.mark.parametrize("realm", ["a", "Prod", "EU-West_1.b", "7", "a" * 64])
+def test_realms_that_are_plain_names(realm):
+    assert ledgers.path_of("/s", realm) == "/s/%s/ledger.json" % realm
+
+
 def test_the_old_one_stays_whole_until_the_new_one_is(state, monkeypatch):
     """Whatever step fails, a reader finds one of the two."""
     before = ledgers.save(state, REALM, good())
@@ -82,50 +126,102 @@ def test_the_old_one_stays_whole_until_the_new_one_is(state, monkeypatch):
 
 def test_row_32_the_new_file_is_on_the_disk_before_it_has_the_name(state, monkeypatch):
     calls = []
-    for name in ("fsync", "rename"):
-        real = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *a, name=name, real=real: (calls.append(name), real(*a))[1])
+
+    def fsync(descriptor):
+        status = os.fstat(descriptor)
+        calls.append("sync the directory" if stat.S_ISDIR(status.st_mode) else "sync %d bytes" % status.st_size)
+
+    rename = os.rename
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", lambda *names: (calls.append("rename"), rename(*names))[1])
     ledgers.save(state, REALM, good())
-    assert calls == ["fsync", "rename", "fsync"]
+    size = os.path.getsize(ledgers.path_of(state, REALM))
+    assert calls == ["sync %d bytes" % size, "rename", "sync the directory"]
+
+
+def corrupt(**changes):
+    return json.dumps(dict(good(), **changes)).encode()
+
+
+def strike(**changes):
+    return corrupt(strikes={"a b": dict(STRIKE, **changes)})
+
+
+def remembered(**changes):
+    return corrupt(manifest=dict({"epochs": {}, "count": None}, **changes))
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("content", "said"),
     [
-        b"",
-        b"{",
-        b"[]",
-        b"null",
-        b"{}",
-        b"\xff\xfe",
-        b"[" * 100000,
-        json.dumps(dict(good(), version=2)).encode(),
-        json.dumps(dict(good(), realm="staging")).encode(),
-        json.dumps(dict(good(), generation=-1)).encode(),
-        json.dumps(dict(good(), generation="1")).encode(),
-        json.dumps(dict(good(), strikes=[])).encode(),
-        json.dumps(dict(good(), strikes={"a b": dict(STRIKE, strikes="2")})).encode(),
-        json.dumps(dict(good(), strikes={"a b": dict(STRIKE, last=float("nan"))})).encode(),
-        json.dumps(dict(good(), strikes={"a b": dict(STRIKE, first=10**400)})).encode(),
-        json.dumps(dict(good(), strikes={"a b": dict(STRIKE, vm_id="../x")})).encode(),
-        json.dumps(dict(good(), intents={})).encode(),
-        json.dumps(dict(good(), intents=[dict(INTENT, name=None)])).encode(),
-        json.dumps(dict(good(), intents=[dict(INTENT, details=None)])).encode(),
-        json.dumps(dict(good(), manifest={"epochs": [], "count": None})).encode(),
-        json.dumps(dict(good(), manifest={"epochs": {"a": "x"}, "count": None})).encode(),
-        json.dumps(dict(good(), manifest={"epochs": {}, "count": "x"})).encode(),
-        json.dumps(dict(good(), host=5)).encode(),
+        (b"", "Expecting value"),
+        (b"{", "Expecting property name"),
+        (b"[]", "TypeError"),
+        (b"null", "TypeError"),
+        (b"{}", "KeyError: 'version'"),
+        (b"\xff\xfe", "utf-8"),
+        (b"[" * 100000, "recursion"),
+        (corrupt(version=2), "version 2, not 1"),
+        (corrupt(realm="staging"), "realm 'staging', not 'prod'"),
+        (corrupt(generation=-1), "generation -1"),
+        (corrupt(generation="1"), "generation '1'"),
+        (corrupt(strikes=[]), "AttributeError"),
+        (strike(strikes="2"), "a strike without a count"),
+        (strike(boot_id=None), "a strike without a count or a boot id"),
+        (strike(first=float("inf")), "a strike without its instants"),
+        (strike(last=float("nan")), "a strike without its instants"),
+        (strike(first=10**400), "OverflowError"),
+        (strike(identity=None), "a strike without identity"),
+        (strike(vm_id="../x"), "a strike without identity or vm_id"),
+        (corrupt(intents={}), "intents is not a list"),
+        (corrupt(intents=[dict(INTENT, name=None)]), "an intent without kind, name or identity"),
+        (corrupt(intents=[dict(INTENT, vm_id="../x")]), "an intent without vm_id"),
+        (corrupt(intents=[dict(INTENT, details=None)]), "an intent without vm_id or details"),
+        (remembered(epochs=[]), "AttributeError"),
+        (remembered(epochs={"a": "x"}), "TypeError"),
+        (remembered(epochs={"a": float("inf")}), "an epoch that is no number"),
+        (remembered(count="x"), "TypeError"),
+        (remembered(count=float("nan")), "a count that is no number"),
+        (corrupt(reaped={"../x": 1}), "a reaped VM without id"),
+        (corrupt(reaped={"v1": float("inf")}), "a reaped VM without id or time"),
+        (corrupt(latch={"code": "c"}), "KeyError: 'message'"),
+        (corrupt(latch={"code": None, "message": "m"}), "a latch without code"),
+        (corrupt(latch={"code": "c", "message": None}), "a latch without code or message"),
+        (corrupt(host=5), "host 5"),
+        (corrupt(machine_id=[]), "machine_id []"),
     ],
 )
-def test_row_32_a_corrupt_ledger_is_kept_aside_and_strikes_start_again(state, content):
+def test_row_32_a_corrupt_ledger_is_kept_aside_and_strikes_start_again(state, content, said):
     path = write(state, content)
     ledger, problem = ledgers.load(state, REALM)
     assert ledger == ledgers.empty(REALM)
-    assert "is corrupt" in problem and path in problem
+    assert "the ledger %s is corrupt (" % path in problem and said in problem
     ledgers.save(state, REALM, ledger)
     assert ledgers.load(state, REALM)[1] is None
     with open(path + ".corrupt", "rb") as stream:
         assert stream.read() == content
+
+
+def test_a_ledger_may_be_as_large_as_the_limit_and_no_larger(state, monkeypatch):
+    content = json.dumps(ON_DISK).encode()
+    write(state, content)
+    monkeypatch.setattr(ledgers, "MAX_BYTES", len(content))
+    assert ledgers.load(state, REALM) == (ON_DISK, None)
+    monkeypatch.setattr(ledgers, "MAX_BYTES", len(content) - 1)
+    assert "larger than %d bytes" % (len(content) - 1) in ledgers.load(state, REALM)[1]
+
+
+def test_the_pins_may_be_as_large_as_the_limit_and_no_larger(tmp_path, monkeypatch):
+    (tmp_path / "keep").write_text("v1\nv2\n")
+    assert ledgers.pins(str(tmp_path)) == ["v1", "v2"]
+    monkeypatch.setattr(ledgers, "MAX_PINS_BYTES", 6)
+    assert ledgers.pins(str(tmp_path)) == ["v1", "v2"]
+    monkeypatch.setattr(ledgers, "MAX_PINS_BYTES", 5)
+    # Bytes, and not letters: what is left unread may pin a VM.
+    for text in ("v1\nv2\n", "# \u00fc\nv1"):
+        (tmp_path / "keep").write_text(text, "utf-8")
+        with pytest.raises(ledgers.LedgerError, match="keep are larger than 5 bytes"):
+            ledgers.pins(str(tmp_path))
 
 
 @settings(max_examples=60, deadline=None)
@@ -146,6 +242,28 @@ def test_a_ledger_that_cannot_be_read_is_an_error_and_not_an_empty_one(state):
     os.makedirs(ledgers.path_of(state, REALM))
     with pytest.raises(ledgers.LedgerError, match="cannot read"):
         ledgers.load(state, REALM)
+
+
+def test_realms_that_cannot_be_listed_are_an_error_and_not_none(state):
+    with open(state, "w"):
+        pass
+    with pytest.raises(ledgers.LedgerError, match="cannot read %s: Not a directory" % state):
+        ledgers.other_realms(state, REALM)
+
+
+@pytest.mark.parametrize(
+    ("number", "user", "named"),
+    [(errno.EACCES, 1, True), (errno.EPERM, 1000, True), (errno.EIO, 1000, False), (errno.EACCES, 0, False)],
+)
+def test_the_right_that_is_missing_is_named_to_who_lacks_it(state, monkeypatch, number, user, named):
+    def refused(*_arguments):
+        raise OSError(number, "Reason")
+
+    monkeypatch.setattr(os, "open", refused)
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    with pytest.raises(ledgers.LedgerError) as caught:
+        ledgers.load(state, REALM)
+    assert str(caught.value).partition(": Reason")[2] == ("; the reaper has to run as root (become)" if named else "")
 
 
 def test_a_link_in_the_place_of_the_ledger_is_not_followed(state, tmp_path):
@@ -183,7 +301,7 @@ def test_directories_that_others_could_have_prepared_are_refused(state, tmp_path
         os.chown(directory, 0, 0)
     os.rename(directory, str(tmp_path / "real"))
     os.symlink(tmp_path / "real", directory)
-    with pytest.raises(ledgers.LedgerError, match="not a link"):
+    with pytest.raises(ledgers.LedgerError, match="not a file or a link"):
         ledgers.save(state, REALM, good())
 
 
@@ -191,7 +309,7 @@ def test_a_file_in_the_place_of_the_directory(state):
     with open(state, "w"):
         pass
     for use in (lambda: ledgers.save(state, REALM, good()), ledgers.Lock(state).__enter__):
-        with pytest.raises(ledgers.LedgerError, match=state):
+        with pytest.raises(ledgers.LedgerError, match="%s is in the way: it must be a directory" % state):
             use()
 
 
@@ -246,3 +364,28 @@ def test_row_29_one_reaper_at_a_time(state):
             pass
     with ledgers.Lock(state):
         pass
+
+
+def test_the_lock_is_for_its_owner_and_no_link(state, tmp_path):
+    mask = os.umask(0)
+    try:
+        with ledgers.Lock(state) as lock:
+            assert os.stat(lock.path).st_mode & 0o777 == 0o600
+    finally:
+        os.umask(mask)
+    os.rename(lock.path, str(tmp_path / "theirs"))
+    os.symlink(tmp_path / "theirs", lock.path)
+    with pytest.raises(ledgers.LedgerError, match="cannot open the lock"):
+        lock.__enter__()
+
+
+def test_a_lock_that_cannot_be_had_is_not_a_busy_host(state, monkeypatch):
+    def unable(*_arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(ledgers.fcntl, "flock", unable)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(ledgers.LedgerError, match="cannot lock .*No locks available") as caught:
+        ledgers.Lock(state).__enter__()
+    assert not isinstance(caught.value, ledgers.Busy)
+    assert os.listdir("/proc/self/fd") == before

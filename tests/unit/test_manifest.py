@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 
 import pytest
 import yaml
@@ -36,6 +37,7 @@ def test_the_shape_of_what_is_believed():
         "age": 10.0,
         "count": 1,
         "proven": True,
+        "unproven": None,
         "hosts": ["h1", "h2"],
         "vms": [("v1", ["h1"])],
         "tombstones": {"v9": 30.0},
@@ -83,6 +85,8 @@ def test_row_04_age():
     assert refusal(document(generated_at=NOW - 601)) == "stale"
     assert check(document(generated_at=NOW + 300))["age"] == 0
     assert refusal(document(generated_at=NOW + 301)) == "from_the_future"
+    with pytest.raises(manifest.ManifestError, match="generated 301 s in the future"):
+        check(document(generated_at=NOW + 301))
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf"), 10**400, True, None, "", [], "soon"])
@@ -103,8 +107,9 @@ def test_instants():
         assert isinstance(read, datetime.datetime)
         assert check(document(generated_at=read))["generated_at"] == 1_800_000_000
     for naive in ("2027-01-15T08:00:00", "2027-01-15", yaml.safe_load("2027-01-15 08:00:00")):
-        with pytest.raises(manifest.ManifestError, match="no time zone"):
+        with pytest.raises(manifest.ManifestError, match="no time zone") as caught:
             check(document(generated_at=naive))
+        assert caught.value.code == "not_a_manifest"
     assert refusal(document(generated_at=yaml.safe_load("2027-01-15"))) == "not_a_manifest"
 
 
@@ -150,9 +155,17 @@ def test_the_latest_end_counts():
         assert manifest.union(both)["tombstones"] == {"v9": 500.0}
 
 
+def test_vms_of_the_same_host():
+    listed = [("v1", "h1"), ("v2", "h2"), ("v3", "h1")]
+    assert check(document(listed))["vms"] == [("v1", ["h1"]), ("v2", ["h2"]), ("v3", ["h1"])]
+
+
 def test_row_05_a_host_that_is_not_in_the_hosts():
     assert refusal(document(hosts=["h2"])) == "unknown_host"
-    assert refusal(document(vms=()) | {"vms": [vm(also_on=["h3"])], "hosts": ["h1"]}) == "unknown_host"
+    stranger = document(vms=()) | {"vms": [vm(also_on=["h3"])], "hosts": ["h1"]}
+    assert refusal(stranger) == "unknown_host"
+    with pytest.raises(manifest.ManifestError, match="the VM v1 is on host 'h3'"):
+        check(stranger)
 
 
 @pytest.mark.parametrize(
@@ -193,6 +206,26 @@ def test_row_36_hostile_shapes_are_refused(content):
     assert refusal(content) == "not_a_manifest"
 
 
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [
+        ([], "test: a mapping was expected, not list"),
+        (document(realm=5), "test: realm: a text"),
+        (document(hosts=[5]), "test: hosts: a text"),
+        (document(vms=()) | {"vms": [vm(), "v2"]}, "test: vms[1]: "),
+        (document(vms=()) | {"vms": [vm(), vm(host=5)]}, "test: vms[1].host: a text"),
+        (document(vms=()) | {"vms": [vm(), vm(also_on=[5])]}, "test: vms[1].host: a text"),
+        (document(vms=()) | {"vms": [vm(), vm(also_on=5)]}, "test: vms[1]: 'also_on' must be a list"),
+        (document(vms=()) | {"vms": [vm(), vm(state=5)]}, "test: vms[1].state: a text"),
+        (document(tombstones=[{"vm_id": "v8"}, {"vm_id": "v9", "destroyed_at": "x"}]), "test: tombstones[1]: "),
+    ],
+)
+def test_row_36_what_is_refused_is_named_by_its_place(content, place):
+    with pytest.raises(manifest.ManifestError) as caught:
+        check(content)
+    assert str(caught.value).startswith(place)
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just("v1") | st.datetimes(),
     lambda inner: st.lists(inner, max_size=4)
@@ -223,6 +256,10 @@ def test_what_lives_in_any_source_lives():
     assert (both["count"], both["hosts"], both["age"], both["generated_at"]) == (2, ["h1", "h2"], 90.0, NOW - 90)
     assert (both["tombstones"], both["epochs"], both["epoch"]) == ({"v3": None}, {"test": 3}, None)
     assert both["source"] == "test, other"
+
+
+def test_one_source_alone_keeps_its_epoch():
+    assert manifest.union([check(document(epoch=3))])["epoch"] == 3
 
 
 def test_a_union_is_proven_and_knows_its_hosts_when_every_part_does():
@@ -272,8 +309,11 @@ def test_row_10_where_hosts_are_not_named_a_vm_may_be_anywhere(tmp_path):
 
 def test_more_ids_than_one_question_can_hold(tmp_path):
     ids = ["v%d" % number for number in range(1234)]
-    found = shares(tmp_path, document([(vm_id, "h1") for vm_id in ids]), "h1", set(ids))
-    assert found["live"] == sorted(ids)
+    content = document([(vm_id, "h1") for vm_id in ids], hosts=["h1", "h2"])
+    assert shares(tmp_path, content, "h1", set(ids))["live"] == sorted(ids)
+    assert shares(tmp_path, content, "h2", set(ids), "2.sqlite")["elsewhere"] == {vm_id: ["h1"] for vm_id in ids}
+    dead = document(vms=(), tombstones=[{"vm_id": vm_id} for vm_id in ids])
+    assert shares(tmp_path, dead, "h1", set(ids), "3.sqlite")["tombstones"] == dict.fromkeys(ids)
 
 
 def test_a_path_may_have_any_characters(tmp_path):
@@ -286,3 +326,11 @@ def test_an_index_is_for_its_owner_and_replaces_nothing(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o600
     with pytest.raises(FileExistsError):
         manifest.handle(manifest.union([check(document())]), str(path))
+
+
+def test_an_index_leaves_no_file_open(tmp_path):
+    manifest.handle(manifest.union([check(document())]), str(tmp_path / "0"))
+    before = os.listdir("/proc/self/fd")
+    handle = manifest.handle(manifest.union([check(document())]), str(tmp_path / "1"))
+    assert manifest.Index(handle["index"]).look_up({"v1"}, "h1", False)["live"] == ["v1"]
+    assert os.listdir("/proc/self/fd") == before

@@ -64,12 +64,29 @@ def test_check_mode_says_so():
     assert "1 would be reaped" in told.splitlines()[0] and "nothing was changed" in told.splitlines()[0]
 
 
+def test_what_is_not_proven_is_said():
+    result = sweep_twice(thing("cgroup", "v1"), host_share=share(proven=False, unproven=["http x: no count"]))
+    told = lines({"h1": host(result)}, manifest=dict(MANIFEST, unproven=["http x: no count"]))
+    assert told[1] == "NOT PROVEN, so nothing is confirmed: http x: no count"
+    assert result["families"]["v1"]["reasons"][-1] == {"code": "unproven", "text": "http x: no count"}
+
+
 def test_a_batch_that_was_stopped():
     result = sweep_twice(thing("cgroup", "v1"), host_share=share(count=0))
     hosts = {"h1": host(result, refused=result["refused"]), "h2": host(plan(facts()))}
     told = lines(hosts, abort={"code": "blind", "message": "h1: no VM at all"}, manifest=None)
     assert "2 hosts, no list of live VMs: nothing was removed on any host" in told[0]
     assert told[1] == "STOPPED (blind): h1: no VM at all"
+
+
+def test_what_a_refused_host_suspects_is_not_counted():
+    capped = plan(facts(thing("cgroup", "v1"), thing("jail", "v2")))
+    other = plan(facts(thing("cgroup", "v3")))
+    refusal = {"code": "cloned_machine_id", "message": "h1 and h2 have the same machine id"}
+    hosts = {"h1": host(capped, refused=refusal), "h2": host(other)}
+    assert lines(hosts)[0].endswith("file live.yml: nothing to reap, 1 suspected, 1 host refused")
+    assert lines(dict(hosts, h2=host(other, refused=refusal)))[0].endswith("nothing to reap, 2 hosts refused")
+    assert lines(hosts, abort=refusal)[0].endswith("nothing was removed on any host")
 
 
 def test_a_host_that_did_not_answer_is_told():
@@ -151,7 +168,8 @@ def test_a_host_that_returns_anything_does_not_spoil_the_report_of_the_others(ju
 def test_the_same_for_machines():
     result = sweep_twice(thing("cgroup", "v1"))
     document = report.as_json("prod", MANIFEST, {"h1": host(result, outcomes=outcomes(result["reap"]))})
-    assert document["manifest"] == {key: MANIFEST[key] for key in ("source", "epoch", "count", "generated_at")}
+    said = {key: MANIFEST[key] for key in ("source", "epoch", "count", "generated_at")}
+    assert document["manifest"] == dict(said, unproven=None)
     assert document["kinds"]["h1"]["cgroup"]["reaped"] == 1
     assert document["hosts"]["h1"]["vms"]["confirmed"] == 1
     assert document["stopped"] is None

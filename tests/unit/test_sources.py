@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 
 import pytest
 from ansible_collections.microvm.reaper.plugins.plugin_utils import manifest, sources
@@ -14,13 +15,17 @@ NOW = 1_800_000_010.0
 
 
 def context(directory="/"):
-    return {"realm": "prod", "now": NOW, "directory": str(directory), "inventory": None}
+    known = {"realm": "prod", "now": NOW, "directory": str(directory), "inventory": None}
+    return dict(known, terminal_states=manifest.TERMINAL_STATES)
 
 
 def fetch(*wanted, directory="/"):
-    return sources.fetch(
-        list(wanted), context(directory), max_age=600, terminal_states=manifest.TERMINAL_STATES
-    )
+    """Return the handle of what the sources list, and ``live``: which of a few ids live on h1 and h2."""
+    with tempfile.TemporaryDirectory() as place:
+        handle = sources.fetch(list(wanted), context(directory), place + "/index", max_age=600)
+        ids = {"v1", "v2", "v3"}
+        live = {host: manifest.share(handle, host, ids)["live"] for host in ("h1", "h2")}
+    return dict(handle, live=live)
 
 
 def refusal(*wanted):
@@ -52,7 +57,7 @@ vms:
     host: h1
 """
     for content in (text, json.dumps(document()), "\n  " + json.dumps(document())):
-        assert fetch(write(content))["vms"] == [("v1", ["h1"])]
+        assert fetch(write(content))["live"] == {"h1": ["v1"], "h2": ["v1"]}  # no hosts are named
     assert fetch(of("live.yml"), directory=tmp_path)["source"] == "file live.yml"
 
 
@@ -151,5 +156,7 @@ def test_the_union_of_two_files(write):
     one = write(json.dumps(document([("v1", "h1")], hosts=["h1"], epoch=4)), "a.json")
     other = write(json.dumps(document([("v2", "h2")], hosts=["h2"])), "b.json")
     both = fetch(one, other)
-    assert (both["count"], both["hosts"]) == (2, ["h1", "h2"])
+    assert (both["count"], both["names_hosts"]) == (2, True)
+    assert both["live"] == {"h1": ["v1"], "h2": ["v2"]}
+    assert both["answered"] == [both["source"].split(", ")[0], both["source"].split(", ")[1]]
     assert list(both["epochs"].values()) == [4]

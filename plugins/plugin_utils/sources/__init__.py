@@ -4,22 +4,26 @@
 
 ``OPTIONS``                  ``{name: {type, required, default}}``, checked by Ansible's own argument validation
 ``describe(options)``        -> a short name of it for people, and for the epochs that hosts remember; no secrets
-``fetch(options, context)``  -> a DOCUMENT (see manifest.py); raises ManifestError
+``fetch(options, context)``  -> a DOCUMENT (see manifest.py), whose ``vms`` may be any iterator; raises ManifestError,
+                             in the iterator too
 
-The context is ``{realm, now, directory, inventory}``: ``directory`` is the playbook's, ``inventory()`` reads the
-inventory and returns it, with ``groups`` and ``variables(host name)``.
+and, where it can do better than without,
+
+``configured(options)``      checks before any host is touched what the spec cannot say; raises ManifestError
+``still_listed(options, context, vm_ids)``  -> ``{vm_id: [host]}`` of those ids that are live now, asking for no others
+
+The context is ``{realm, now, directory, inventory, terminal_states}``: ``directory`` is the playbook's, ``inventory()``
+reads the inventory and returns it, with ``groups`` and ``variables(host name)``.
 """
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import importlib
 import os
 
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 
-from ..manifest import ManifestError, check, union
+from ..manifest import Collector, ManifestError, add_place, live_among
 
 COMMON = {"type": {"type": "str", "required": True}, "required": {"type": "bool", "default": True}}
 
@@ -37,36 +41,52 @@ def configured(sources):
     return [_configured(number, source) for number, source in enumerate(sources)]
 
 
-def fetch(sources, context, *, max_age, terminal_states):
-    """Fetch all sources and return their union (see manifest.py), with ``skipped`` for optional ones that failed."""
-    manifests, skipped = [], []
+def fetch(sources, context, path, *, max_age):
+    """Fetch all sources into the new index ``path``; return its HANDLE (see manifest.py).
+
+    It has besides ``answered``, the names of the sources in it, and ``skipped``, why optional ones are not.
+    """
+    collector, answered, skipped = Collector(path), [], []
     for module, options in configured(sources):
         name = module.describe(options)
         try:
-            with _nothing_thrown_away():
-                document = module.fetch(options, context)
-                manifests.append(
-                    check(document, name, now=context["now"], max_age=max_age, terminal_states=terminal_states)
-                )
+            collector.add(
+                module.fetch(options, context),
+                name,
+                now=context["now"],
+                max_age=max_age,
+                terminal_states=context["terminal_states"],
+            )
+            answered.append(name)
         except ManifestError as err:
             if options["required"]:
                 raise
             skipped.append("%s: %s" % (err.code, err))
-    if not manifests:
+    if not answered:
         raise ManifestError("no_source", "none of the live sources answered: %s" % "; ".join(skipped))
-    return dict(union(manifests), skipped=skipped)
+    return dict(collector.finish(), answered=answered, skipped=skipped)
 
 
-@contextlib.contextmanager
-def _nothing_thrown_away():
-    """A million records that all stay are no garbage: looking through them again and again takes half of the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+def still_listed(sources, context, vm_ids, handle, *, max_age):
+    """Return ``{vm_id: [host]}`` of those ids that any source lists now; no host means everywhere.
+
+    ``handle`` is that of fetch(). Raises ManifestError when a source that answered then does not answer now, or goes
+    back behind what it said then.
+    """
+    found = {}
+    for module, options in configured(sources):
+        name = module.describe(options)
+        if name not in handle["answered"]:
+            continue
+        if hasattr(module, "still_listed"):
+            listed = module.still_listed(options, context, vm_ids)
+        else:
+            document = module.fetch(options, context)
+            listed = live_among(vm_ids, document, name, handle, now=context["now"], max_age=max_age,
+                                terminal_states=context["terminal_states"])
+        for vm_id, hosts in listed.items():
+            add_place(found, vm_id, hosts)
+    return found
 
 
 def _configured(number, source):
@@ -78,4 +98,10 @@ def _configured(number, source):
     result = ArgumentSpecValidator(dict(COMMON, **module.OPTIONS)).validate(source)
     if result.error_messages:
         raise ManifestError("bad_source", "%s (%s): %s" % (where, kind, "; ".join(result.error_messages)))
-    return module, result.validated_parameters
+    options = result.validated_parameters
+    if hasattr(module, "configured"):
+        try:
+            module.configured(options)
+        except ManifestError as err:
+            raise ManifestError(err.code, "%s (%s): %s" % (where, kind, err)) from err
+    return module, options

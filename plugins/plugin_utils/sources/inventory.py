@@ -42,7 +42,7 @@ def fetch(options, context):
         "generated_at": context["now"],
         "complete": True,
         "hosts": sorted(inventory.variables(name).get("reap_host_id", name) for name in hosts),
-        "vms": [_vm(name, inventory.variables(name), options) for name in vms],
+        "vms": [_vm(name, inventory.own_variables(name), options) for name in vms],
     }
 
 

@@ -1,0 +1,188 @@
+# Copyright: The microvm.reaper authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""Joining sources one VM at a time, and asking them once more."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+from ansible_collections.microvm.reaper.plugins.plugin_utils import manifest, sources
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from unit.builders import document
+
+NOW = 1_800_000_010.0
+HOSTS = ["h1", "h2", "h3"]
+IDS = ["v%d" % number for number in range(8)]
+SERIAL = itertools.count()
+
+
+def collected(place, *documents):
+    """Return the handle of the documents, whose VMs come one at a time."""
+    collector = manifest.Collector(str(place / ("%d.sqlite" % next(SERIAL))))
+    for number, one in enumerate(documents):
+        collector.add(dict(one, vms=iter(one["vms"])), "s%d" % number, now=NOW, max_age=600)
+    return collector.finish()
+
+
+def in_memory(place, *documents):
+    checked = [manifest.check(one, "s%d" % number, now=NOW, max_age=600) for number, one in enumerate(documents)]
+    return manifest.handle(manifest.union(checked), str(place / ("%d.sqlite" % next(SERIAL))))
+
+
+def shares(handle):
+    """Return what any host can be told, without the place of the file."""
+    told = {host: manifest.share(handle, host, set(IDS)) for host in [*HOSTS, "h4"]}
+    return {host: {key: value for key, value in one.items() if key != "index"} for host, one in told.items()}
+
+
+VMS = st.fixed_dictionaries(
+    {"vm_id": st.sampled_from(IDS), "host": st.sampled_from([*HOSTS, None])},
+    optional={
+        "state": st.sampled_from([None, "running", "destroyed", "Deleted", "tomorrow's"]),
+        "also_on": st.lists(st.sampled_from(HOSTS), max_size=2),
+    },
+)
+TOMBSTONES = st.fixed_dictionaries(
+    {"vm_id": st.sampled_from(IDS)}, optional={"destroyed_at": st.sampled_from([None, 1_800_000_000, 1_700_000_000])}
+)
+
+
+@st.composite
+def documents(draw):
+    vms = draw(st.lists(VMS, max_size=8))
+    changes = {"hosts": draw(st.sampled_from([None, HOSTS])), "tombstones": draw(st.lists(TOMBSTONES, max_size=4))}
+    if draw(st.booleans()):
+        changes["sha256"] = manifest.sha256(vm["vm_id"] for vm in vms)
+    if draw(st.booleans()):
+        changes.update(proven=False, unproven=draw(st.sampled_from([None, "no count"])))
+    return dict(document(), vms=vms, count=len(vms), epoch=draw(st.sampled_from([None, 4])), **changes)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(documents(), min_size=1, max_size=3))
+def test_one_at_a_time_is_the_same_as_all_at_once(tmp_path_factory, several):
+    place = tmp_path_factory.getbasetemp()
+    assert shares(collected(place, *several)) == shares(in_memory(place, *several))
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"count": 3}, "incomplete"),
+        ({"sha256": "0" * 64}, "incomplete"),
+        ({"complete": "yes"}, "incomplete"),
+        ({"epoch": "new"}, "not_a_manifest"),
+        ({"hosts": ["h2"]}, "unknown_host"),
+        ({"generated_at": 1_700_000_000}, "stale"),
+        ({"tombstones": [{"vm_id": None}]}, "not_a_manifest"),
+        ({"proven": False, "unproven": "a\nb"}, "not_a_manifest"),
+    ],
+)
+def test_row_02_what_is_wrong_at_the_end_is_wrong(tmp_path, changes, code):
+    with pytest.raises(manifest.ManifestError) as caught:
+        collected(tmp_path, document(**changes))
+    assert caught.value.code == code
+
+
+def test_what_is_said_at_the_end_counts(tmp_path):
+    late = dict(document(), complete=None)
+
+    def vms():
+        yield {"vm_id": "v1", "host": "h1"}
+        late.update(complete=True, count=1, epoch=9, proven=False, unproven="the pages changed")
+
+    late["vms"] = vms()
+    collector = manifest.Collector(str(tmp_path / "late"))
+    collector.add(late, "api", now=NOW, max_age=600)
+    handle = collector.finish()
+    assert (handle["count"], handle["epochs"]) == (1, {"api": 9})
+    assert (handle["proven"], handle["unproven"]) == (False, ["api: the pages changed"])
+
+
+def test_a_source_that_fails_half_way_leaves_nothing(tmp_path):
+    def cut_off():
+        yield {"vm_id": "v2", "host": "h2"}
+        yield {"vm_id": "v3", "host": "h2", "state": "destroyed"}
+        raise manifest.ManifestError("incomplete", "the connection broke")
+
+    collector = manifest.Collector(str(tmp_path / "m"))
+    with pytest.raises(manifest.ManifestError, match="the connection broke"):
+        collector.add(dict(document(realm="other"), vms=cut_off()), "bad", now=NOW, max_age=600)
+    collector.add(document(), "good", now=NOW, max_age=600)
+    handle = collector.finish()
+    assert (handle["count"], handle["source"], handle["realm"]) == (1, "good", "prod")
+    found = manifest.share(handle, "h2", {"v1", "v2", "v3"})
+    assert (found["live"], found["tombstones"]) == (["v1"], {})
+
+
+def test_what_is_no_list_of_vms(tmp_path):
+    for nothing in (None, {}, "v1", 5, {"v1"}):
+        with pytest.raises(manifest.ManifestError, match="'vms' must be a list"):
+            manifest.check(dict(document(), vms=nothing), "s", now=NOW, max_age=600)
+
+
+# --- asking once more --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """Return ``ask(first documents, documents now) -> still_listed()`` of files."""
+
+    def ask(first, now, ids=("v1", "v2")):
+        wanted = [{"type": "file", "path": "%d.json" % number, "required": not number} for number in range(len(first))]
+        about = {"now": NOW, "directory": str(tmp_path), "terminal_states": manifest.TERMINAL_STATES}
+
+        def write(some):
+            for number, one in enumerate(some):
+                (tmp_path / ("%d.json" % number)).write_text(one if isinstance(one, str) else json.dumps(one))
+
+        write(first)
+        handle = sources.fetch(wanted, about, str(tmp_path / ("%d.sqlite" % next(SERIAL))), max_age=600)
+        write(now)
+        return sources.still_listed(wanted, about, set(ids), handle, max_age=600)
+
+    return ask
+
+
+def test_only_those_that_are_asked_about_are_told(asked):
+    now = document([("v1", "h1"), ("v3", "h1")])
+    assert asked([document()], [now]) == {"v1": ["h1"]}
+    assert asked([document()], [document([("v3", "h1")])]) == {}
+    gone = dict(document(), vms=[{"vm_id": "v1", "host": "h1", "state": "destroyed"}])
+    assert asked([document()], [gone]) == {}
+
+
+def test_all_places_of_all_sources_are_told(asked):
+    first = [document(), document()]
+    moving = dict(document(), vms=[{"vm_id": "v1", "host": "h1", "also_on": ["h2"]}])
+    assert asked(first, [moving, document([("v1", "h3")])]) == {"v1": ["h1", "h2", "h3"]}
+    nowhere = dict(document(), vms=[{"vm_id": "v1"}])
+    assert asked(first, [moving, nowhere]) == asked(first, [nowhere, moving]) == {"v1": []}
+
+
+@pytest.mark.parametrize(
+    ("first", "now", "code"),
+    [
+        ({}, {"realm": "other"}, "other_realm"),
+        ({"epoch": 5}, {"epoch": 4}, "epoch_went_back"),
+        ({"epoch": 5}, {}, "epoch_went_back"),
+        ({}, {"count": 7}, "incomplete"),
+        ({}, {"sha256": "0" * 64}, "incomplete"),
+        ({}, {"generated_at": 1_700_000_000}, "stale"),
+    ],
+)
+def test_a_source_that_cannot_be_believed_now_is_told(asked, first, now, code):
+    with pytest.raises(manifest.ManifestError) as caught:
+        asked([document(**first)], [document(**now)])
+    assert caught.value.code == code
+    ids = {"sha256": manifest.sha256(["v1"])}
+    assert asked([document(epoch=5)], [document(epoch=5, **ids)]) == {"v1": ["h1"]}
+
+
+def test_only_a_source_that_answered_has_to_answer_again(asked):
+    assert asked([document(), "nothing"], [document(), "nothing"]) == {"v1": ["h1"]}
+    with pytest.raises(manifest.ManifestError, match="is no YAML or JSON|was expected"):
+        asked([document(), document()], [document(), "nothing"])
