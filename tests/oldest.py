@@ -52,7 +52,7 @@ def sweep(bin_path: Path, directory: Path) -> str:
         "reap_min_age": 0,
         "reap_strikes": {"absent": 2},
     }
-    younger_than_the_jail = time.time() + 60
+    younger_than_the_jail = time.time() + 25
     live = {"realm": "oldest", "generated_at": younger_than_the_jail, "complete": True, "vms": [{"vm_id": "alive"}]}
     (directory / "live.json").write_text(json.dumps(live))
     command = [bin_path / "ansible-playbook", "-i", "localhost,", "-c", "local", "playbooks/reap.yml"]

@@ -69,12 +69,13 @@ def _host(variables, names):
 def _unread(gathered):
     found = {}
     try:
-        kinds = unpacked(gathered)["kinds"] if gathered else {}
+        facts = unpacked(gathered) if gathered else {"kinds": {}}
     except FactsError:
-        kinds = {}
-    for kind, entry in kinds.items():
+        return found
+    supervisors = {"supervisor %s" % name: entry for name, entry in facts.get("supervisors", {}).items()}
+    for name, entry in dict(facts["kinds"], **supervisors).items():
         if entry["status"] != "ok":
-            found.setdefault(entry["status"], {})[kind] = entry["reason"]
+            found.setdefault(entry["status"], {})[name] = entry["reason"]
     return found
 
 

@@ -186,7 +186,7 @@ class Client:
 
 def clients(kind, rules, host):
     """Return a Client for every address and namespace that the rules name. Raises Absent where no address exists."""
-    _check(kind, rules)
+    check(kind, rules)
     addresses = {_address(rule) for rule in rules}
     there = {address for address in addresses if _exists(address)}
     if addresses and not there:
@@ -200,13 +200,23 @@ def client_for(kind, token, rules, host):
 
     Of two daemons that have the same namespace, the token's details say which one is meant.
     """
-    _check(kind, rules)
+    check(kind, rules)
     namespace = token["name"].partition("/")[0]
     wanted = (token.get("details") or {}).get("address")
     for rule in rules:
         if rule["namespace"] == namespace and wanted in (None, _address(rule)):
             return Client(_address(rule), namespace, host)
     return None
+
+
+def check(kind, rules):
+    """Raise RuleError for names and addresses that cannot be ones of containerd."""
+    for rule in rules:
+        for key in ("namespace", "snapshotter"):
+            if key in rule and not IDENTIFIER.fullmatch(rule[key]):
+                raise r.RuleError("%s rule: '%s' is not a name in containerd: %r" % (kind, key, rule[key]))
+        if not _address(rule).startswith("/"):
+            raise r.RuleError("%s rule: 'address' is not the path of a socket: %r" % (kind, _address(rule)))
 
 
 def looks_at(rule, client):
@@ -245,15 +255,6 @@ def _exists(address):
     """Tell whether there is, or has been since boot, a daemon at that address: one that stops takes its socket away
     but not the directory, and its containers are still there."""
     return os.path.lexists(address) or os.path.isdir(os.path.dirname(address))
-
-
-def _check(kind, rules):
-    for rule in rules:
-        for key in ("namespace", "snapshotter"):
-            if key in rule and not IDENTIFIER.fullmatch(rule[key]):
-                raise r.RuleError("%s rule: '%s' is not a name in containerd: %r" % (kind, key, rule[key]))
-        if not _address(rule).startswith("/"):
-            raise r.RuleError("%s rule: 'address' is not the path of a socket: %r" % (kind, _address(rule)))
 
 
 def _address(rule):

@@ -50,7 +50,7 @@ def empty(realm):
         "host": None,
         "machine_id": None,
         "generation": 0,
-        "manifest": {"epochs": {}, "count": None},
+        "manifest": {"epochs": {}, "count": None, "counts": {}},
         "strikes": {},
         "intents": [],
         "reaped": {},
@@ -203,7 +203,8 @@ def _checked(ledger, realm):
     remembered = ledger["manifest"]
     if not all(math.isfinite(epoch) for epoch in remembered["epochs"].values()):
         raise ValueError("an epoch that is no number")
-    if remembered["count"] is not None and not math.isfinite(remembered["count"]):
+    counts = [*remembered["counts"].values()] + [remembered["count"]]
+    if not all(count is None or math.isfinite(count) for count in counts):
         raise ValueError("a count that is no number")
     ledger = dict(empty(realm), **ledger)
     if not all(VM_ID.fullmatch(vm_id) and math.isfinite(when) for vm_id, when in ledger["reaped"].items()):

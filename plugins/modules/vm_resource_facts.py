@@ -26,11 +26,55 @@ options:
     default: /var/lib/microvm.reaper
   packed:
     description:
-      - Return the kinds as one string, C(packed), in place of C(kinds). The filters of this collection read both;
-        Ansible
-        itself handles one string many times faster than thousands of records.
+      - Return the kinds as one string, C(packed), in place of C(kinds), and C(alive) as one too. The filters of this
+        collection read both; Ansible itself handles one string many times faster than thousands of records.
     type: bool
     default: false
+  supervisors:
+    description:
+      - What tells on the host that a VM lives, whatever a list of live VMs says; the role takes it of its variable
+        C(reap_live_sources). One entry for each type. It can only add life.
+    type: list
+    elements: dict
+    default: []
+    suboptions:
+      type:
+        description:
+          - V(firecracker) are the API sockets of Firecracker. A VM lives while something listens on its socket, with
+            whatever answer, or none.
+          - V(containerd) are tasks. A VM lives while a task of its container has not stopped.
+        type: str
+        choices: [containerd, firecracker]
+        required: true
+      required:
+        description: Whether the plan of this host is refused when it cannot be read. One that is absent has been read.
+        type: bool
+        default: true
+      sockets:
+        description:
+          - Of V(firecracker). Where the API sockets are, as absolute paths with C({vm_id}) in the place of the VM's id.
+          - In the names before that one there may be C(*), C(?) and C([...]). From the first of these on, or from
+            C({vm_id}), no symbolic link is followed, since what is in a jail belongs to an unprivileged user.
+        type: list
+        elements: str
+        default: ["/srv/jailer/*/{vm_id}/root/run/firecracker.socket"]
+      namespaces:
+        description: Of V(containerd), which needs it. The namespaces to look into.
+        type: list
+        elements: str
+      name:
+        description:
+          - Of V(containerd). Regular expression for the whole id of a VM's container, with a group C(vm_id). Without
+            O(supervisors[].label) the whole id by default.
+        type: str
+      label:
+        description:
+          - Of V(containerd). The label whose value is the id of the VM. With O(supervisors[].name) too, both must match.
+        type: str
+      address:
+        description: Of V(containerd). Its socket.
+        type: str
+        default: /run/containerd/containerd.sock
 extends_documentation_fragment:
   - microvm.reaper.rules
   - microvm.reaper.rules.facts
@@ -45,6 +89,17 @@ EXAMPLES = r"""
   microvm.reaper.vm_resource_facts:
     realm: prod
     rules: "{{ lookup('microvm.reaper.rules', 'hyper') }}"
+
+- name: Read also which VMs run, by containerd and by their API sockets
+  microvm.reaper.vm_resource_facts:
+    realm: prod
+    rules: "{{ lookup('microvm.reaper.rules', 'hyper') }}"
+    supervisors:
+      - type: firecracker
+        sockets: ["/srv/jailer/firecracker/{vm_id}/root/run/firecracker.socket"]
+      - type: containerd
+        namespaces: [vms]
+        name: vm-(?P<vm_id>[a-z0-9]+)
 
 - name: Show what belongs to no VM that runs
   ansible.builtin.debug:
@@ -99,6 +154,15 @@ ansible_facts:
         packed:
           description: The same as C(kinds), in place of it, when O(packed) is true.
           type: str
+        supervisors:
+          description:
+            - By type, whether the supervisor could be read, C(status) and C(reason) as those of kinds, and C(required).
+          type: dict
+        alive:
+          description:
+            - The VMs that live by the supervisors, each with the reason, a part of a sentence. One string when
+              O(packed) is true.
+          type: raw
       sample:
         realm: prod
         boot_id: 6a0f7a4e-6d65-4c8b-9f2e-55c1f0a7d4c1
@@ -115,10 +179,18 @@ ansible_facts:
             resources: []
             foreign: 0
             seconds:
+        supervisors:
+          firecracker:
+            status: ok
+            reason:
+            required: true
+        alive:
+          vabc234: its API socket /srv/jailer/firecracker/vabc234/root/run/firecracker.socket answers (Running)
 """
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.microvm.reaper.plugins.module_utils.all_kinds import ORDER
+from ansible_collections.microvm.reaper.plugins.module_utils.all_supervisors import entry_spec
 from ansible_collections.microvm.reaper.plugins.module_utils.facts_module import rules_of_all_kinds
 from ansible_collections.microvm.reaper.plugins.module_utils.gather import gather
 from ansible_collections.microvm.reaper.plugins.module_utils.ledger import LedgerError
@@ -132,6 +204,7 @@ def get_argument_spec():
         "state_dir": {"type": "path", "default": "/var/lib/microvm.reaper"},
         "deadline": {"type": "float", "default": 60},
         "packed": {"type": "bool", "default": False},
+        "supervisors": dict(entry_spec(), default=[]),
     }
 
 
@@ -141,7 +214,13 @@ def main():
     params = module.params
     try:
         facts = gather(
-            ORDER, params["rules"], params["realm"], params["state_dir"], params["deadline"], params["packed"]
+            ORDER,
+            params["rules"],
+            params["realm"],
+            params["state_dir"],
+            params["deadline"],
+            params["packed"],
+            params["supervisors"],
         )
     except LedgerError as err:
         module.fail_json(msg=str(err))

@@ -19,8 +19,9 @@ def brake(plans, caps=None, spent=0):
     are to be left alone to theirs. ``caps`` are those of DEFAULT_CAPS or others, ``spent`` is how many VMs the
     batches of this run before this one were to reap. A latch that one host remembers holds for all of them.
     """
-    refused = {host: plan["refused"] for host, plan in plans.items() if plan["refused"]}
-    refused.update(_clones(plans))
+    refused = _clones(plans)
+    # What a plan was refused for may stop the batch, which a clone does not.
+    refused.update({host: plan["refused"] for host, plan in plans.items() if plan["refused"]})
     latched = [one for _host, one in sorted(refused.items()) if one["code"] == LATCHED]
     if latched:
         return None, dict.fromkeys(plans, latched[0])

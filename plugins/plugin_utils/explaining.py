@@ -47,6 +47,7 @@ REFUSALS = {
     "machine_id_changed": "A clone needs a machine id of its own; a host that was replaced is adopted.",
     "host_renamed": "Compare reap_host_id with the name by which the live source calls this host.",
     "host_unknown": "Compare reap_host_id with the hosts that the live source names.",
+    "supervisor_unavailable": "Find out why it does not answer on the host.",
     "blind": "Find out why the live source (reap_live_sources) lists nothing.",
     "epoch_went_back": "Wait for the live source to catch up, or point reap_live_sources at one that is not behind.",
     "shrunk": "If so many VMs are really gone, raise reap_max_shrink_percent for one sweep.",
@@ -179,9 +180,9 @@ class _Case:
         headline = HEADLINES[self.verdict].format(self.subject.what)
         sentences = [headline] + self._refused() + self._source()
         if self.verdict == NOT_HERE:
-            sentences += self._out_of_sight()
+            sentences += self._alive() + self._out_of_sight()
         else:
-            sentences += self._things() + self._reasons() + self._strikes() + self._to_come() + self._next_sweep()
+            sentences += self._things() + self._alive() + self._reasons() + self._strikes() + self._to_come() + self._next_sweep()
             sentences += self._unavailable() + self._ledger() + self._journal()
         return {
             "host": self.plan["host"],
@@ -276,6 +277,10 @@ class _Case:
             said += " It is %s: %s. %s" % (judged["verdict"], reason["text"], advice)
         return said
 
+    def _alive(self):
+        why = self.facts.get("alive", {}).get(self.subject.vm_id)
+        return ["The VM is alive on this host: %s." % why] if why else []
+
     def _reasons(self):
         if not self.family or not self.family["reasons"]:
             return []
@@ -330,7 +335,10 @@ class _Case:
 
     def _unavailable(self):
         lost = self._kinds("unavailable")
-        return ["Could not be read, so nothing is known of such things of it: %s." % ", ".join(lost)] if lost else []
+        said = ["Could not be read, so nothing is known of such things of it: %s." % ", ".join(lost)] if lost else []
+        supervisors = sorted(self.facts.get("supervisors", {}).items())
+        silent = ["%s (%s)" % (name, one["reason"]) for name, one in supervisors if one["status"] == "unavailable"]
+        return said + (["Could not say whether the VM lives: %s." % ", ".join(silent)] if silent else [])
 
     def _out_of_sight(self):
         kinds = self.facts["kinds"]

@@ -15,6 +15,7 @@ from ..module_utils import ledger as ledgers
 from ..module_utils.resource import COLUMNS, MAX_NAME, VM_ID, columns, rows
 
 MAX_UNPACKED = 256 * 1024 * 1024
+MAX_ALIVE = 1_000_000
 STATUSES = ("ok", "absent", "unavailable")
 
 
@@ -40,15 +41,17 @@ def unpacked(facts):
     if not isinstance(kinds, dict):
         raise FactsError("the facts are no mapping of kinds")
     ledger = _check_host(facts)
-    return dict(facts, ledger=ledger, kinds={kind: _checked_kind(kind, entry) for kind, entry in kinds.items()})
+    found = dict(facts, ledger=ledger, kinds={kind: _checked_kind(kind, entry) for kind, entry in kinds.items()})
+    return dict(found, **_checked_supervisors(facts))
 
 
 def vm_ids(facts):
-    """Return all ids that unpacked facts name: in resources, and in the ledger."""
+    """Return all ids that unpacked facts name: in resources, in the ledger, and by the supervisors."""
     found = {resource["vm_id"] for entry in facts["kinds"].values() for resource in entry["resources"]}
     found.update(strike["vm_id"] for strike in facts["ledger"]["strikes"].values())
     found.update(token["vm_id"] for token in facts["ledger"]["intents"])
     found.update(facts["ledger"]["reaped"])
+    found.update(facts.get("alive", ()))
     return found
 
 
@@ -82,6 +85,36 @@ def _check_host(facts):
         return ledgers.checked(facts["ledger"], facts["realm"])
     except ValueError as err:
         raise FactsError("this is no ledger: %.300s" % err) from err
+
+
+def _checked_supervisors(facts):
+    """Return what a host says of its supervisors, ``{supervisors, alive}``; of a host that says nothing, nothing."""
+    said = {key: facts[key] for key in ("supervisors", "alive") if key in facts}
+    for name, entry in _mapping(said.get("supervisors", {}), "supervisors").items():
+        if (
+            not isinstance(name, str)
+            or not name.isprintable()
+            or not isinstance(entry, dict)
+            or entry.get("status") not in STATUSES
+            or not isinstance(entry.get("reason"), (str, type(None)))
+            or not isinstance(entry.get("required"), bool)
+        ):
+            raise FactsError("supervisor %.200r: not a status with its reason: %.300r" % (name, entry))
+    if isinstance(said.get("alive"), str):
+        said["alive"] = _unpack(said["alive"])
+    alive = _mapping(said.get("alive", {}), "alive")
+    if len(alive) > MAX_ALIVE:
+        raise FactsError("'alive' has %d VMs, more than %d" % (len(alive), MAX_ALIVE))
+    for are_good, values in ((_are_vm_ids, list(alive)), (_are_names, list(alive.values()))):
+        if not are_good(values):
+            raise FactsError("'alive' cannot have %.300r" % next(value for value in values if not are_good([value])))
+    return said
+
+
+def _mapping(value, name):
+    if not isinstance(value, dict):
+        raise FactsError("'%s' is no mapping: %.200r" % (name, value))
+    return value
 
 
 def _checked_kind(kind, entry):

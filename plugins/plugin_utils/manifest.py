@@ -26,7 +26,9 @@ from ..module_utils.resource import VM_ID, is_text
 
 # Only these say that a VM is gone. A state that is not known here is a live one.
 TERMINAL_STATES = ("deleted", "destroyed", "saga_unwound", "terminated")
-FUTURE_SECONDS = 300
+# The clocks of control plane and controller may differ by so much: the other half of the minute that reap_min_age gives
+# a new VM to be listed. A list from further in the future shows that they differ by more.
+FUTURE_SECONDS = 30
 
 
 class ManifestError(Exception):
@@ -92,6 +94,7 @@ def _joined(manifests):
         "source": ", ".join(one["source"] for one in manifests),
         "epoch": first["epoch"] if len(manifests) == 1 else None,
         "epochs": {one["source"]: one["epoch"] for one in manifests if one["epoch"] is not None},
+        "counts": {one["source"]: one["count"] for one in manifests},
         "generated_at": min(one["generated_at"] for one in manifests),
         "age": max(one["age"] for one in manifests),
         "proven": not unproven,
@@ -129,7 +132,8 @@ class Collector:
 
     def finish(self):
         """Return the HANDLE of what all sources list together."""
-        joined = _joined(self._heads)
+        counts = self._writer.counts()
+        joined = _joined([dict(head, count=counts.get(number, 0)) for number, head in enumerate(self._heads)])
         count = self._writer.finish(joined["hosts"])
         return _handle(dict(joined, count=count), self._path)
 
@@ -203,6 +207,11 @@ class _Writer:
         """Yield the distinct ids that a source listed, in order."""
         found = self._connection.execute("SELECT DISTINCT vm_id FROM vm WHERE source = ? ORDER BY vm_id", (number,))
         return (vm_id for (vm_id,) in found)
+
+    def counts(self):
+        """Return how many VMs live by each source."""
+        counted = "SELECT source, COUNT(DISTINCT vm_id) FROM vm WHERE host IS NOT NULL GROUP BY source"
+        return dict(self._connection.execute(counted).fetchall())
 
     def drop(self, number):
         """Forget a source."""
@@ -288,9 +297,9 @@ def handle(manifest, path):
 def _handle(manifest, path):
     """Return the small HANDLE that plans are made with.
 
-    HANDLE ``{realm, source, epoch, epochs, generated_at, age, count, proven, unproven, names_hosts, index}``
+    HANDLE ``{realm, source, epoch, epochs, generated_at, age, count, counts, proven, unproven, names_hosts, index}``
     """
-    kept = ("realm", "source", "epoch", "epochs", "generated_at", "age", "count", "proven", "unproven")
+    kept = ("realm", "source", "epoch", "epochs", "generated_at", "age", "count", "counts", "proven", "unproven")
     return dict({key: manifest[key] for key in kept}, names_hosts=manifest["hosts"] is not None, index=path)
 
 

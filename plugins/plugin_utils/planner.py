@@ -125,9 +125,10 @@ def plan(facts, share, policy, kinds):
     """Return the PLAN of one host.
 
     facts   what gather read: ``{realm, boot_id, machine_id, boottime_seconds, ledger, ledger_problem, kinds}`` and
-            optionally ``other_realms, pins``
+            optionally ``other_realms, pins``, ``supervisors: {type: {status, reason, required}}`` and ``alive: {vm_id:
+            why}``, what they say
     share   what the live manifest says of this host and of the ids in the facts: ``{realm, source, epoch, epochs,
-            generated_at, age, count, proven, unproven, host_known, live: [vm_id], elsewhere: {vm_id: [host]},
+            generated_at, age, count, counts, proven, unproven, host_known, live: [vm_id], elsewhere: {vm_id: [host]},
             tombstones: {vm_id: seconds since destroyed, or null}}``; ``age`` in seconds when it was fetched
     policy  see DEFAULT_POLICY
     kinds   ``{kind: {order, stops, depends_on, resumes}}``
@@ -245,14 +246,14 @@ def _refuse(facts, share, policy):
 
 
 def _false_positive(ledger, share, policy):
-    """Return a refusal when a VM of which something was removed on this host is live on it now."""
-    for vm_id in sorted(set(ledger["reaped"]).intersection(share["live"])):
+    """Return a refusal when a VM of which something was removed on this host, because it lived nowhere, lives now."""
+    for vm_id in sorted(set(ledger["reaped"]).intersection([*share["live"], *share["elsewhere"]])):
         if any(re.fullmatch(pattern, vm_id) for pattern in policy["reused_ids"]):
             continue
         when = datetime.datetime.fromtimestamp(ledger["reaped"][vm_id], datetime.UTC)
         return _refusal(
             "latched",
-            "something of the VM %s was removed on the host %s at %s, and the live source %s lists it there now: it "
+            "something of the VM %s was removed on the host %s at %s, and the live source %s lists it on %s now: it "
             "was alive then, or its id is used again; nothing more is removed in realm %s until a person looked and "
             "clears this with reap_clear_latch=%s (ids that are used again belong in reap_reused_ids)"
             % (
@@ -260,6 +261,7 @@ def _false_positive(ledger, share, policy):
                 policy["host"],
                 when.strftime("%Y-%m-%dT%H:%M:%SZ"),
                 share["source"],
+                ", ".join(share["elsewhere"].get(vm_id, ["this host"])),
                 policy["realm"],
                 policy["realm"],
             ),
@@ -268,7 +270,7 @@ def _false_positive(ledger, share, policy):
 
 
 def _still_gone(facts, share):
-    live = set(share["live"])
+    live = {*share["live"], *share["elsewhere"]}
     return {vm_id: when for vm_id, when in facts["ledger"]["reaped"].items() if vm_id not in live}
 
 
@@ -276,7 +278,8 @@ def _stranger(facts, policy):
     """Refuse a host that is not the one that wrote the ledger; reap_adopt_host binds it anew."""
     ledger, host = facts["ledger"], policy["host"]
     others = facts.get("other_realms") or []
-    if others and not ledger["generation"]:
+    # A ledger that only remembers the latch of its batch is bound to nobody yet.
+    if others and ledger["host"] is None:
         return _refusal(
             "realm_changed",
             "this host has been swept for realm %s and never for %r; if both are right, say so once with "
@@ -301,6 +304,13 @@ def _untrusted(facts, share, policy):
     """Refuse a list that cannot be believed for this host."""
     something = _something(facts)
     ledger, host, realm = facts["ledger"], policy["host"], policy["realm"]
+    silent = _silent(facts, required=True)
+    if something and silent:
+        return _refusal(
+            "supervisor_unavailable",
+            "%s could not be read on this host, so what lives here is not known; where that does not matter, give "
+            "it 'required: false' in reap_live_sources" % "; ".join(silent),
+        )
     if something and not share["host_known"]:
         return _refusal("host_unknown", "the live source does not know the host %r, so it cannot speak for it" % host)
     if share["count"] == 0 and something and policy["expect_empty"] != realm:
@@ -312,6 +322,15 @@ def _untrusted(facts, share, policy):
     return _goes_back(ledger["manifest"], share, policy)
 
 
+def _silent(facts, *, required):
+    """Return the supervisors that could not be read, each with the reason."""
+    return [
+        "the supervisor %s (%s)" % (name, one["reason"])
+        for name, one in sorted((facts.get("supervisors") or {}).items())
+        if one["status"] == "unavailable" and one["required"] == required
+    ]
+
+
 def _goes_back(remembered, share, policy):
     for source, epoch in sorted(share["epochs"].items()):
         last = remembered["epochs"].get(source, epoch)
@@ -321,16 +340,20 @@ def _goes_back(remembered, share, policy):
                 "the live source %s is at epoch %s, but this host has seen epoch %s: a stale copy"
                 % (source, epoch, last),
             )
-    last = remembered["count"]
-    if last is None or last <= policy["percent_floor"] or policy["expect_empty"] == policy["realm"]:
+    if policy["expect_empty"] == policy["realm"]:
         return None
-    lost = 100 * (last - share["count"]) / last
-    if lost > policy["max_shrink_percent"]:
-        return _refusal(
-            "shrunk",
-            "the live source listed %d VMs at the last sweep and lists %d now (%d %% fewer, reap_max_shrink_percent is "
-            "%d)" % (last, share["count"], lost, policy["max_shrink_percent"]),
-        )
+    # One of several sources may fall silent while the others still list enough.
+    counts = [("", share["count"], remembered["count"])] + [
+        (" " + source, count, remembered["counts"].get(source)) for source, count in sorted(share["counts"].items())
+    ]
+    for source, count, last in counts:
+        lost = 100 * (last - count) / last if last else 0
+        if lost > policy["max_shrink_percent"] and last > policy["percent_floor"]:
+            return _refusal(
+                "shrunk",
+                "the live source%s listed %d VMs at the last sweep and lists %d now (%d %% fewer, "
+                "reap_max_shrink_percent is %d)" % (source, last, count, lost, policy["max_shrink_percent"]),
+            )
     return None
 
 
@@ -349,6 +372,7 @@ class _Judge:
         self.share = share
         self.policy = policy
         self.live = set(share["live"])
+        self.alive = facts.get("alive") or {}
         # The list says nothing about what came after it was made, so its own age is not time that was watched.
         self.min_age = policy["min_age"] + share["age"]
         self.now = share["generated_at"] + share["age"]
@@ -364,10 +388,20 @@ class _Judge:
         hold = self._held(vm_id, members)
         if hold:
             return self._all(members, HELD, hold, evidence)
-        running = [member for member in members if member["in_use"]]
-        if running and not is_permitted(self.policy["running"], evidence):
-            return self._all(members, DISPUTED, [self._still_running(running[0], evidence)], evidence)
+        running = self.running(vm_id, members)
+        if running:
+            return self._all(members, DISPUTED, [running], evidence)
         return self._struck(vm_id, members, evidence)
+
+    def running(self, vm_id, members=()):
+        """Return the reason why the VM counts as running and may not be ended on this evidence, or None."""
+        evidence = self._evidence(vm_id)
+        if is_permitted(self.policy["running"], evidence):
+            return None
+        for member in members:
+            if member["in_use"]:
+                return self._still_running("%s %s is in use" % (member["kind"], member["name"]), evidence)
+        return self._still_running(self.alive[vm_id], evidence) if vm_id in self.alive else None
 
     def _struck(self, vm_id, members, evidence):
         """Give every member its strike; the family has as many as the member with the fewest."""
@@ -465,11 +499,9 @@ class _Judge:
                 return "%s names it (%s)" % (where, one["pattern"])
         return None
 
-    def _still_running(self, member, evidence):
+    def _still_running(self, why, evidence):
         return _reason(
-            "running",
-            "%s %s is in use although the VM is %s; reap_running is %s"
-            % (member["kind"], member["name"], evidence, self.policy["running"]),
+            "running", "%s although the VM is %s; reap_running is %s" % (why, evidence, self.policy["running"])
         )
 
     def _why(self, vm_id, evidence):
@@ -617,6 +649,7 @@ def _intents(facts, judge, families, kinds):
             or vm_id in families
             and families[vm_id]["verdict"] != CONFIRMED
             or judge.pin(vm_id)
+            or judge.running(vm_id)
             or not judge.share["proven"]
             or judge.unreadable[token["kind"]]
             or not entry
@@ -659,6 +692,7 @@ def _remembered(before, share, policy):
     return {
         "epochs": dict(before["epochs"], **share["epochs"]),
         "count": share["count"] if good else before["count"],
+        "counts": dict(before["counts"], **share["counts"]) if good else before["counts"],
     }
 
 
@@ -710,8 +744,16 @@ def _plan(facts, share, policy, *, counts, refused=None, families=None, living=0
         "ledger_changed": any(ledger[key] != before[key] for key in ledger),
         "generation": before["generation"],
         "counts": {kind: counts[kind] for kind in sorted(counts)},
-        "notices": [facts["ledger_problem"]] if facts.get("ledger_problem") else [],
+        "notices": _notices(facts, refused),
     }
+
+
+def _notices(facts, refused):
+    """Return what a person should know beside: an unreadable ledger, supervisors that did not tell who lives."""
+    silent = _silent(facts, required=False) if _something(facts) and not refused else []
+    return ([facts["ledger_problem"]] if facts.get("ledger_problem") else []) + [
+        "%s did not say who lives" % one for one in silent
+    ]
 
 
 def _brief(member):

@@ -24,7 +24,7 @@ QUICK = {"reap_min_age": 0, "reap_strike_interval": 0.1}
 def sweep(fleet: Fleet, *arguments: str, live: dict | None = None, **variables) -> Sweep:
     """Sweep with a list of this moment."""
     time.sleep(0.3)
-    fleet.list_live(**dict({"generated_at": time.time() + 60}, **(live or {})))
+    fleet.list_live(**dict({"generated_at": time.time() + 25}, **(live or {})))
     return fleet.sweep("-e", json.dumps(dict(QUICK, **variables)), *arguments, timeout=120)
 
 

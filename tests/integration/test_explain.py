@@ -30,7 +30,7 @@ def swept(pair: Fleet) -> Fleet:
     pair.plant(FEW)
     for _turn in range(2):
         time.sleep(0.3)
-        pair.list_live(generated_at=time.time() + 60)
+        pair.list_live(generated_at=time.time() + 25)
         done = pair.sweep("-e", json.dumps(dict(QUICK, reap_keep=[dead(pair, "one")[0]])), timeout=120)
         assert done.code == 0, done.output
     return pair

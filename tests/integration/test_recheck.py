@@ -26,7 +26,7 @@ QUICK = {"reap_min_age": 0, "reap_strike_interval": 0.1}
 
 def document(fleet: Fleet, **changes) -> dict:
     """Return the list of this moment."""
-    fleet.list_live(generated_at=time.time() + 60)
+    fleet.list_live(generated_at=time.time() + 25)
     return dict(json.loads((fleet.state / "live.json").read_text()), **changes)
 
 

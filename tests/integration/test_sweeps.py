@@ -42,7 +42,7 @@ STATE = "/var/lib/microvm.reaper"
 
 def listed(fleet: Fleet, **changes) -> dict:
     """Write the list of live VMs anew, changed; return it. By a clock that is a little ahead: its age is then 0."""
-    fleet.list_live(**{"generated_at": time.time() + 60, **changes})
+    fleet.list_live(**{"generated_at": time.time() + 25, **changes})
     return json.loads((fleet.state / "live.json").read_text())
 
 
@@ -617,7 +617,7 @@ def test_a_target_with_python_3_8(tmp_path: Path) -> None:
         pytest.skip("there is no Python 3.8 here")
     for vm_id in ("valive", "vdead"):
         (tmp_path / "jails/firecracker" / vm_id / "root").mkdir(parents=True)
-    document = {"realm": "old", "generated_at": time.time() + 60, "complete": True}
+    document = {"realm": "old", "generated_at": time.time() + 25, "complete": True}
     document["vms"] = [{"vm_id": "valive", "host": "here"}]
     (tmp_path / "live.json").write_text(json.dumps(document))
     variables = {

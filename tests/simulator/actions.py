@@ -214,8 +214,6 @@ def change_the_machine(world):
 
 def clone(world):
     """A host is made anew from the image of another: it has that one's machine id, and maybe its ledger."""
-    if not world.terms.ids_are_reused and "clone and latch" not in world.terms.gaps:
-        return
     host = world.pick(world.hosts)
     other = world.pick([one for one in world.hosts if one is not host])
     host.machine = other.machine
@@ -229,8 +227,6 @@ def clone(world):
 
 def join_from_staging(world):
     """A host of another realm, with VMs that only the other control plane knows, comes into this inventory."""
-    if not world.terms.ids_are_reused and "join and latch" not in world.terms.gaps:
-        return
     empty = [host for host in world.hosts if not any(vm.lives_on(host) for vm in world.vms)]
     if not empty:
         return

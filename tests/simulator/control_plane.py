@@ -26,8 +26,8 @@ LIES = {
     "host forgotten": "has forgotten a host and what lives there alone",
     "host unlisted": "has left a host out of its hosts, but not the VMs there",
 }
-# One source of several that says so little is believed: the others still list many VMs.
-NOT_ALONE = ("empty", "shrunk")
+# Of a source alone only those see through these that remember how many VMs it listed.
+COUNTED = ("empty", "shrunk")
 
 
 class ControlPlane:
@@ -94,9 +94,8 @@ class ControlPlane:
         return document
 
     def _liars(self, truths, lie):
-        """Tell the lie with the first source alone, or with all of them where it must not stand alone."""
-        several = truths[0][0].part is not None
-        alone = not several or self.world.mood not in NOT_ALONE or "one of several" in self.world.terms.gaps
+        """Tell the lie with the first source alone, or with all of them where nobody would notice the one."""
+        alone = truths[0][0].part is None or self.world.mood not in COUNTED or self._is_counted(truths[0][0])
         return [
             (source, lie(document) if place == 0 or not alone else document)
             for place, (source, document) in enumerate(truths)
@@ -128,13 +127,23 @@ class ControlPlane:
     def _bare(self, truths):
         return self._liars(truths, lambda document: _only(document, document["vms"][::2], proven=False))
 
+    def _remembered(self, source=None):
+        """Return how many VMs every host remembers at least: of all sources, or of one."""
+        doubting = [host.ledger["manifest"] for host in self.world.hosts if host.believed != self.world.mood]
+        counts = [one["counts"].get(source.name) if source else one["count"] for one in doubting]
+        return min((count or 0 for count in counts), default=6)
+
+    def _is_counted(self, source):
+        return self._remembered(source) > self.world.terms.policy["percent_floor"]
+
     def _shrunk(self, truths):
         """Complete by its own words, and only a part of what every host remembers."""
-        doubting = [host for host in self.world.hosts if host.believed != self.world.mood]
-        remembered = min((host.ledger["manifest"]["count"] or 0 for host in doubting), default=3)
+        source, remembered = truths[0][0], self._remembered()
         if remembered <= self.world.terms.policy["percent_floor"]:
             return None
-        left = remembered // 3 if truths[0][0].part is None else remembered // 6
+        left = remembered // (3 if source.part is None else 6)
+        if source.part is not None and self._is_counted(source):
+            left = self._remembered(source) // 3
         return self._liars(truths, lambda document: _only(document, document["vms"][:left]))
 
     def _stale_copy(self, truths):

@@ -14,7 +14,7 @@ from unit.builders import TRAITS
 
 from .control_plane import HONEST
 from .story import Violation
-from .sweeper import CALM, Hands, listed, share
+from .sweeper import CALM, Hands, listed, listed_anywhere, share
 from .terms import CHANCES, LAG, REALM
 
 
@@ -102,14 +102,14 @@ def a_latch_holds(world, batch, touched):
     for host, before in batch.before.items():
         again = _came_back(world, batch, host)
         if again or before.is_latched:
-            why = "%s was reaped on %s and lives there again" % (again[0], host) if again else "%s is latched" % host
+            why = "%s was reaped on %s and lives again" % (again[0], host) if again else "%s is latched" % host
             _violated("latch", "the %s was reaped on %s, although %s", touched[0][1], touched[0][0], why)
 
 
 def _came_back(world, batch, host):
     if not batch.before[host].gone or world.terms.ids_are_reused:
         return []
-    return sorted(batch.before[host].gone & listed(batch, host))
+    return sorted(batch.before[host].gone & listed_anywhere(batch))
 
 
 def strikes_and_hold_come_first(world, batch):
@@ -175,9 +175,15 @@ CAUSES = {
     "host_unknown": lambda batch, host, before: batch.names[host] not in batch.lists["hosts"],
     "blind": lambda batch, host, before: batch.lists["count"] == 0,
     "epoch_went_back": lambda batch, host, before: batch.mood in ("stale copy", "export"),
-    "shrunk": lambda batch, host, before: batch.lists["count"] < before.ledger["manifest"]["count"],
+    "shrunk": lambda batch, host, before: _is_less(batch.lists, before.ledger["manifest"]),
     "host_cap": lambda batch, host, before: True,
 }
+
+
+def _is_less(lists, remembered):
+    counts = remembered["counts"]
+    lost = any(count < counts.get(source, 0) for source, count in lists["counts"].items())
+    return lost or lists["count"] < remembered["count"]
 
 
 def refusals_have_a_cause(world, batch):

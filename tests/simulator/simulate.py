@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import collections
 import concurrent.futures
+import gc
 import hashlib
 import itertools
 import os
@@ -75,6 +76,7 @@ def live_through(seed, counts, *, left_out=frozenset(), gaps=(), story=None, dis
     _furnish(world)
     sweeper = Sweeper(world, ControlPlane(world), lambda run, batch: _watch(world, run, batch, counts))
     before = counts["sweeps"]
+    gc.disable()  # a world is garbage as a whole, at its end
     try:
         with disks.disks_of(world, disks_class), policies_are_completed_once():
             for step in range(STEPS):
@@ -82,6 +84,7 @@ def live_through(seed, counts, *, left_out=frozenset(), gaps=(), story=None, dis
     except Exception as err:
         raise Failure(seed, {"sweeps": before + sweeper.sweeps}, _as_violation(err)) from err
     finally:
+        gc.enable()
         counts["sweeps"] = before + sweeper.sweeps
 
 

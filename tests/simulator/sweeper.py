@@ -68,7 +68,7 @@ class Before:
     def __init__(self, host, keep):
         self.ledger, self.bound, self.is_latched, self.gone = host.ledger, host.bound, host.is_latched, host.gone
         self.machine, self.pins = host.machine, [*keep, *host.pins]
-        self.is_strange = bool(host.other_realms) and not host.ledger["generation"]
+        self.is_strange = bool(host.other_realms) and host.bound is None
 
 
 class Run:
@@ -235,7 +235,7 @@ class Sweeper:
             host.is_latched = False
         live = listed(batch, host)
         self._strike(host, live, batch.times[host])
-        host.gone = {vm_id for vm_id in host.gone if vm_id not in live}
+        host.gone = host.gone - listed_anywhere(batch)
         # Nobody knows how far a reaper came that was killed: it counts as if all had been removed.
         killed = plan["reap"] if host in batch.killed else ()
         host.gone.update(hands.gone, (token["vm_id"] for token in killed if token["evidence"] != r.ELSEWHERE))
@@ -400,6 +400,11 @@ def share(lists, host, ids):
         tombstones={vm_id: since for vm_id, since in lists["tombstones"].items() if vm_id in ids},
         host_known=lists["hosts"] is None or host in lists["hosts"],
     )
+
+
+def listed_anywhere(batch):
+    """Return the ids that the accepted documents list on any host."""
+    return {vm["vm_id"] for document in batch.documents for vm in document["vms"]}
 
 
 def listed(batch, host):

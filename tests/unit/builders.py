@@ -38,6 +38,7 @@ def share(live=(), **changes):
         "source": "test",
         "epoch": None,
         "epochs": {},
+        "counts": {},
         "generated_at": 1_800_000_000.0,
         "age": 0.0,
         "count": len(live) + 1,

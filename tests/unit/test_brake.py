@@ -4,8 +4,13 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import pytest
-from ansible_collections.microvm.reaper.plugins.plugin_utils.brake import BATCH_CODES, brake, live_again
+import yaml
+from ansible_collections.microvm.reaper.plugins.plugin_utils.brake import DEFAULT_CAPS, brake, live_again
+
+DEFAULTS = pathlib.Path(__file__).resolve().parents[2] / "roles/reap/defaults/main.yml"
 
 
 def plan(code=None, machine_id=None, dying=0, live=100):
@@ -22,13 +27,14 @@ def test_nothing_stops_a_batch_of_good_plans():
     assert brake({}) == (None, {})
 
 
-@pytest.mark.parametrize("code", BATCH_CODES)
+@pytest.mark.parametrize("code", ["host_cap", "blind", "shrunk", "epoch_went_back", "other_realm"])
 def test_row_34_what_speaks_of_the_live_source_or_of_a_cap_stops_all(code):
     abort, refused = brake({"h2": plan(code), "h1": plan(), "h3": plan(code)})
     assert abort["code"] == code
     assert abort["message"].startswith("h2: because of %s" % code)
     assert "h3" in abort["message"]
     assert sorted(refused) == ["h2", "h3"]
+    assert brake({"h1": plan(code)})[0]["message"] == "h1: because of %s" % code
 
 
 @pytest.mark.parametrize("code", ["host_unknown", "host_renamed", "machine_id_changed"])
@@ -56,6 +62,10 @@ CAPS = {"max_per_fleet": 20, "max_percent": 30, "percent_floor": 10}
         ({"h1": plan(dying=6, live=14), "h2": plan(dying=5, live=14)}, 0, "beside 14 that live: 44 %"),
         ({"h1": plan(dying=10, live=1)}, 0, None),
         ({"h1": plan("machine_id_changed", dying=21)}, 0, None),
+        ({"h1": plan(dying=12, live=28)}, 0, None),
+        ({"h1": plan(dying=12, live=27)}, 0, "beside 27 that live: 30 %"),
+        ({"h1": plan(dying=11, live=None)}, 0, "beside 0 that live: 100 %"),
+        ({}, 5, None),
     ],
 )
 def test_row_34_the_fleet_has_a_cap_of_its_own_over_all_batches(plans, spent, stopped):
@@ -64,6 +74,15 @@ def test_row_34_the_fleet_has_a_cap_of_its_own_over_all_batches(plans, spent, st
     if abort:
         assert abort["code"] == "fleet_cap"
         assert stopped in abort["message"]
+
+
+def test_without_caps_those_of_the_role_hold():
+    role = yaml.safe_load(DEFAULTS.read_text())
+    assert {key: role["reap_" + key] for key in DEFAULT_CAPS} == DEFAULT_CAPS
+    over = DEFAULT_CAPS["max_per_fleet"] + 1
+    message = brake({"h1": plan(dying=over, live=100000)})[0]["message"]
+    assert message.startswith("%d VMs would be reaped in this run, more than" % over)
+    assert brake({"h1": plan(dying=over - 1, live=100000)}) == (None, {})
 
 
 def test_row_35_a_latch_of_one_host_holds_for_all():
@@ -78,3 +97,13 @@ def test_what_is_listed_after_all_is_spared_where_it_may_live():
     assert {host: sorted(one) for host, one in found.items()} == {"h1": ["v0", "v1"], "h2": ["v1"]}
     assert sorted(live_again(plans, {"v2": ["rack3"]}, True)) == ["h1", "h2"]
     assert live_again(plans, {}, True) == {}
+    assert "live source lists" in found["h2"]["v1"]
+
+
+def test_row_05_a_clone_that_has_a_reason_of_its_own_keeps_it():
+    latched = {"h1": plan("latched", machine_id="m"), "h2": plan(machine_id="m"), "h3": plan()}
+    assert {one["code"] for one in brake(latched)[1].values()} == {"latched"}
+    capped = {"h1": plan("host_cap", machine_id="m"), "h2": plan(machine_id="m")}
+    abort, refused = brake(capped)
+    assert abort["code"] == "host_cap"
+    assert (refused["h1"]["code"], refused["h2"]["code"]) == ("host_cap", "cloned_machine_id")

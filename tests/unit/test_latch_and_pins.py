@@ -10,6 +10,7 @@ from ansible_collections.microvm.reaper.plugins.module_utils import ledger as le
 from ansible_collections.microvm.reaper.plugins.module_utils import resource as r
 from ansible_collections.microvm.reaper.plugins.plugin_utils import planner
 from unit.builders import (
+    HOST,
     REALM,
     facts,
     names,
@@ -170,7 +171,7 @@ def test_row_05_a_host_is_bound_until_it_is_adopted(ledger, changes, code):
 
 
 def test_a_host_of_two_realms_is_adopted_once():
-    known = dict(ledgers.empty(REALM), generation=1)
+    known = dict(ledgers.empty(REALM), generation=1, host=HOST)
     assert plan(facts(thing("cgroup", "v1"), ledger=known, other_realms=["staging"]))["refused"] is None
 
 
@@ -181,3 +182,20 @@ def test_other_realms_are_those_with_a_ledger(tmp_path):
     (tmp_path / "bad name").mkdir()
     assert ledgers.other_realms(str(tmp_path), "a") == ["b"]
     assert ledgers.other_realms(str(tmp_path / "missing"), "a") == []
+
+
+def test_row_05_a_latch_of_its_batch_binds_a_host_to_no_realm():
+    latched_by_others = dict(ledgers.empty(REALM), generation=1)
+    result = plan(facts(thing("cgroup", "v1"), ledger=latched_by_others, other_realms=["staging"]))
+    assert result["refused"]["code"] == "realm_changed"
+
+
+def test_row_35_a_reaped_vm_that_lives_elsewhere_latches_too():
+    ledger = dict(ledgers.empty(REALM), generation=1, host=HOST, reaped={"v1": 1_799_999_000})
+    result = plan(facts(ledger=ledger), share(elsewhere={"v1": ["h7", "h9"]}))
+    assert result["refused"]["code"] == "latched" and "lists it on h7, h9 now" in result["refused"]["message"]
+    here = plan(facts(ledger=ledger), share(live=["v1"]))
+    assert "lists it on this host now" in here["refused"]["message"]
+    cleared = plan(facts(ledger=ledger), share(elsewhere={"v1": ["h7"]}), clear_latch=REALM)
+    assert (cleared["refused"], cleared["ledger"]["reaped"]) == (None, {})
+    assert plan(facts(ledger=ledger), share(elsewhere={"v2": ["h7"]}))["refused"] is None

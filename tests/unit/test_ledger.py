@@ -46,7 +46,7 @@ ON_DISK = {
     "host": None,
     "machine_id": None,
     "generation": 1,
-    "manifest": {"epochs": {}, "count": None},
+    "manifest": {"epochs": {}, "count": None, "counts": {}},
     "strikes": {"cgroup a": STRIKE},
     "intents": [INTENT],
     "reaped": {},
@@ -72,7 +72,7 @@ def test_a_ledger_is_of_the_realm_and_the_version_that_saves_it(state):
 
 
 def test_what_was_never_saved_may_come_from_elsewhere():
-    seen = {"epochs": {"a": 7, "b": 0.5}, "count": 9}
+    seen = {"epochs": {"a": 7, "b": 0.5}, "count": 9, "counts": {"a": 4, "b": 5}}
     full = good(manifest=seen, reaped={"v1": 1}, latch={"code": "c", "message": "m"})
     assert ledgers.checked(full, REALM) == full
 
@@ -148,7 +148,7 @@ def strike(**changes):
 
 
 def remembered(**changes):
-    return corrupt(manifest=dict({"epochs": {}, "count": None}, **changes))
+    return corrupt(manifest=dict({"epochs": {}, "count": None, "counts": {}}, **changes))
 
 
 @pytest.mark.parametrize(

@@ -83,10 +83,10 @@ def test_row_01_an_empty_list_is_for_the_planner_to_judge():
 def test_row_04_age():
     assert check(document(generated_at=NOW - 600))["age"] == 600
     assert refusal(document(generated_at=NOW - 601)) == "stale"
-    assert check(document(generated_at=NOW + 300))["age"] == 0
-    assert refusal(document(generated_at=NOW + 301)) == "from_the_future"
-    with pytest.raises(manifest.ManifestError, match="generated 301 s in the future"):
-        check(document(generated_at=NOW + 301))
+    assert check(document(generated_at=NOW + 30))["age"] == 0
+    assert refusal(document(generated_at=NOW + 31)) == "from_the_future"
+    with pytest.raises(manifest.ManifestError, match="generated 31 s in the future"):
+        check(document(generated_at=NOW + 31))
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf"), 10**400, True, None, "", [], "soon"])

@@ -97,7 +97,7 @@ def test_row_01_an_empty_list_is_blindness_and_not_an_empty_realm():
 
 
 def test_row_01_a_host_without_anything_does_not_learn_from_an_empty_list():
-    ledger = dict(ledgers.empty(REALM), generation=1, manifest={"epochs": {}, "count": 500})
+    ledger = dict(ledgers.empty(REALM), generation=1, manifest={"epochs": {}, "count": 500, "counts": {}})
     result = plan(facts(ledger=ledger), share(count=0, proven=False), max_shrink_percent=100)
     assert result["refused"] is None
     assert result["ledger"]["manifest"]["count"] == 500
@@ -118,7 +118,7 @@ def test_row_02_an_unproven_list_earns_strikes_and_never_a_reap():
 
 def test_row_03_a_list_that_shrank_freezes_the_sweep():
     orphan = thing("cgroup", "v1")
-    ledger = struck(orphan, manifest={"epochs": {}, "count": 100})
+    ledger = struck(orphan, manifest={"epochs": {}, "count": 100, "counts": {}})
     result = plan(facts(orphan, now=1060, ledger=ledger), share(count=49))
     assert refused(result) == "shrunk"
     assert result["ledger"]["strikes"] == ledger["strikes"]
@@ -127,15 +127,15 @@ def test_row_03_a_list_that_shrank_freezes_the_sweep():
 
 
 def test_row_03_a_handful_of_vms_may_go():
-    ledger = struck(manifest={"epochs": {}, "count": 10})
+    ledger = struck(manifest={"epochs": {}, "count": 10, "counts": {}})
     assert plan(facts(ledger=ledger), share(count=1))["refused"] is None
-    ledger = struck(manifest={"epochs": {}, "count": 11})
+    ledger = struck(manifest={"epochs": {}, "count": 11, "counts": {}})
     assert plan(facts(ledger=ledger), share(count=1))["refused"]["code"] == "shrunk"
 
 
 def test_row_04_a_lower_epoch_is_never_accepted():
     orphan = thing("cgroup", "v1")
-    ledger = struck(orphan, manifest={"epochs": {"a": 7, "b": 2}, "count": 2})
+    ledger = struck(orphan, manifest={"epochs": {"a": 7, "b": 2}, "count": 2, "counts": {}})
     assert refused(plan(facts(orphan, now=1060, ledger=ledger), share(epochs={"a": 6, "b": 3}))) == "epoch_went_back"
     assert refused(plan(facts(orphan, now=1060, ledger=ledger), share(epochs={"a": 8, "b": 1}))) == "epoch_went_back"
     result = plan(facts(orphan, now=1060, ledger=ledger), share(epochs={"a": 7, "c": 1}))
@@ -472,6 +472,21 @@ def test_the_hold_may_depend_on_the_evidence_and_begins_anew_after_a_reboot():
     assert (names(booted), verdicts(booted)) == ([], {"v1.jail": "held", "v2.jail": "held"})
     later = facts(*things, now=600.0, boot="boot-2", ledger=remembered(booted, remembered(first)))
     assert len(names(plan(later, host_share, hold=600))) == 2
+
+
+def test_row_03_one_of_several_sources_that_falls_silent_is_noticed():
+    remembered_counts = {"a": 40, "b": 40, "c": 3}
+    ledger = struck(thing("cgroup", "v1"), manifest={"epochs": {}, "count": 83, "counts": remembered_counts})
+    quiet = {"count": 78, "counts": {"a": 40, "b": 35, "c": 3}}
+    result = plan(facts(ledger=ledger), share(**quiet))
+    assert result["refused"] is None
+    assert result["ledger"]["manifest"]["counts"] == quiet["counts"]
+    silent = plan(facts(ledger=ledger), share(count=75, counts={"a": 40, "b": 0, "c": 35}))
+    assert silent["refused"]["code"] == "shrunk" and "source b listed 40" in silent["refused"]["message"]
+    # A source that is not there any more, or that never listed more than a handful, proves nothing.
+    assert plan(facts(ledger=ledger), share(count=80, counts={"a": 80, "c": 0}))["refused"] is None
+    unproven = plan(facts(ledger=ledger), share(count=80, counts={"a": 80}, proven=False))
+    assert unproven["ledger"]["manifest"]["counts"] == remembered_counts
 
 
 def test_row_18_zombies_by_policy():

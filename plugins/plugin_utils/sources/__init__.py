@@ -12,6 +12,9 @@ and, where it can do better than without,
 ``configured(options)``      checks before any host is touched what the spec cannot say; raises ManifestError
 ``still_listed(options, context, vm_ids)``  -> ``{vm_id: [host]}`` of those ids that are live now, asking for no others
 
+A source with ``ON_HOST`` true is no list: vm_resource_facts reads it on each host (module_utils/all_supervisors.py), and
+it has no fetch().
+
 The context is ``{realm, now, directory, inventory, terminal_states}``: ``directory`` is the playbook's, ``inventory()``
 reads the inventory and returns it, with ``groups`` and ``variables(host name)``.
 """
@@ -38,7 +41,20 @@ def configured(sources):
     """Return ``[(module, options)]`` for the value of reap_live_sources; raises ManifestError for bad ones."""
     if not sources:
         raise ManifestError("no_source", "reap_live_sources is empty: without live VMs' names nothing is an orphan")
-    return [_configured(number, source) for number, source in enumerate(sources)]
+    found = [_configured(number, source) for number, source in enumerate(sources)]
+    on_host = [options["type"] for module, options in found if _is_on_host(module)]
+    if len(on_host) == len(found):
+        raise ManifestError(
+            "no_source",
+            "reap_live_sources has nothing but %s: on a host one sees who lives, and not who is dead; add a source that "
+            "lists all live VMs" % ", ".join(on_host),
+        )
+    twice = sorted(kind for kind in set(on_host) if on_host.count(kind) > 1)
+    if twice:
+        raise ManifestError(
+            "bad_source", "reap_live_sources has %s twice: put its lists into one entry" % ", ".join(twice)
+        )
+    return found
 
 
 def fetch(sources, context, path, *, max_age):
@@ -47,7 +63,7 @@ def fetch(sources, context, path, *, max_age):
     It has besides ``answered``, the names of the sources in it, and ``skipped``, why optional ones are not.
     """
     collector, answered, skipped = Collector(path), [], []
-    for module, options in configured(sources):
+    for module, options in _lists(sources):
         name = module.describe(options)
         try:
             collector.add(
@@ -74,7 +90,7 @@ def still_listed(sources, context, vm_ids, handle, *, max_age):
     back behind what it said then.
     """
     found = {}
-    for module, options in configured(sources):
+    for module, options in _lists(sources):
         name = module.describe(options)
         if name not in handle["answered"]:
             continue
@@ -87,6 +103,14 @@ def still_listed(sources, context, vm_ids, handle, *, max_age):
         for vm_id, hosts in listed.items():
             add_place(found, vm_id, hosts)
     return found
+
+
+def _lists(sources):
+    return [(module, options) for module, options in configured(sources) if not _is_on_host(module)]
+
+
+def _is_on_host(module):
+    return getattr(module, "ON_HOST", False)
 
 
 def _configured(number, source):
