@@ -31,7 +31,7 @@ test: packages ## run every test
 
 .PHONY: test-fast
 test-fast: $(READY_DEV) ## run the tests that need no containers, in a minute
-	@$(RUN) lint unit simulator
+	@$(MAKE) --no-print-directory --output-sync=target -j 3 lint unit simulator
 
 .PHONY: lint docs unit simulator oldest
 lint: ## check style, types and the changelog

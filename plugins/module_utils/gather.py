@@ -25,7 +25,7 @@ from .resource import columns
 MAX_RESOURCES = 200000
 PATIENCE_SECONDS = 2.0
 
-# ``read()`` returns the entry of what could be read; ``empty`` is what the entry of anything else has, beside its status.
+# ``read()`` returns the entry of what could be read; ``empty`` is, beside its status, the entry of anything else.
 _Reader = collections.namedtuple("_Reader", "read empty")
 
 

@@ -69,7 +69,8 @@ options:
         type: str
       label:
         description:
-          - Of V(containerd). The label whose value is the id of the VM. With O(supervisors[].name) too, both must match.
+          - Of V(containerd). The label whose value is the id of the VM. With O(supervisors[].name) too, both must
+            match.
         type: str
       address:
         description: Of V(containerd). Its socket.

@@ -182,8 +182,8 @@ class _Case:
         if self.verdict == NOT_HERE:
             sentences += self._alive() + self._out_of_sight()
         else:
-            sentences += self._things() + self._alive() + self._reasons() + self._strikes() + self._to_come() + self._next_sweep()
-            sentences += self._unavailable() + self._ledger() + self._journal()
+            sentences += self._things() + self._alive() + self._reasons() + self._strikes() + self._to_come()
+            sentences += self._next_sweep() + self._unavailable() + self._ledger() + self._journal()
         return {
             "host": self.plan["host"],
             "vm_id": self.subject.vm_id,

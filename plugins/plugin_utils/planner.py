@@ -239,10 +239,15 @@ def _refuse(facts, share, policy):
             "the sweep is for realm %r, the facts are of %r and the live source speaks for %r"
             % (realm, facts["realm"], share["realm"]),
         )
-    latch = None if policy["clear_latch"] == realm else ledger["latch"] or _false_positive(ledger, share, policy)
-    if latch:
-        return latch
-    return (None if policy["adopt_host"] else _stranger(facts, policy)) or _untrusted(facts, share, policy)
+    is_cleared = policy["clear_latch"] == realm
+    return (
+        (None if is_cleared else ledger["latch"])
+        # Before what is found in the list: a stale copy lists VMs that were alive.
+        or _stale_copy(ledger["manifest"], share)
+        or (None if is_cleared else _false_positive(ledger, share, policy))
+        or (None if policy["adopt_host"] else _stranger(facts, policy))
+        or _untrusted(facts, share, policy)
+    )
 
 
 def _false_positive(ledger, share, policy):
@@ -319,7 +324,7 @@ def _untrusted(facts, share, policy):
             "the live source lists no VM at all while this host has things of VMs; if realm %r is really empty, say so "
             "with reap_expect_empty=%s" % (realm, realm),
         )
-    return _goes_back(ledger["manifest"], share, policy)
+    return _shrunk(ledger["manifest"], share, policy)
 
 
 def _silent(facts, *, required):
@@ -331,7 +336,7 @@ def _silent(facts, *, required):
     ]
 
 
-def _goes_back(remembered, share, policy):
+def _stale_copy(remembered, share):
     for source, epoch in sorted(share["epochs"].items()):
         last = remembered["epochs"].get(source, epoch)
         if epoch < last:
@@ -340,6 +345,10 @@ def _goes_back(remembered, share, policy):
                 "the live source %s is at epoch %s, but this host has seen epoch %s: a stale copy"
                 % (source, epoch, last),
             )
+    return None
+
+
+def _shrunk(remembered, share, policy):
     if policy["expect_empty"] == policy["realm"]:
         return None
     # One of several sources may fall silent while the others still list enough.

@@ -71,21 +71,21 @@ def an_empty_list_is_trusted(patch):
 
 def a_shrunken_list_is_trusted(patch):
     """Two of three VMs are not on the list any more: then they are gone."""
-    goes_back = planner._goes_back
+    shrunk = planner._shrunk
     patch.setattr(
         planner,
-        "_goes_back",
-        lambda remembered, share, policy: goes_back(dict(remembered, count=None, counts={}), share, policy),
+        "_shrunk",
+        lambda remembered, share, policy: shrunk(dict(remembered, count=None, counts={}), share, policy),
     )
 
 
 def only_the_sum_is_counted(patch):
     """One of several sources may list nothing while the others list enough."""
-    goes_back = planner._goes_back
+    shrunk = planner._shrunk
     patch.setattr(
         planner,
-        "_goes_back",
-        lambda remembered, share, policy: goes_back(dict(remembered, counts={}), share, policy),
+        "_shrunk",
+        lambda remembered, share, policy: shrunk(dict(remembered, counts={}), share, policy),
     )
 
 
@@ -123,12 +123,7 @@ def a_killed_reaper_is_forgotten(patch):
 
 def a_lower_epoch_is_accepted(patch):
     """A stale copy is as good as any."""
-    goes_back = planner._goes_back
-    patch.setattr(
-        planner,
-        "_goes_back",
-        lambda remembered, share, policy: goes_back(dict(remembered, epochs={}), share, policy),
-    )
+    patch.setattr(planner, "_stale_copy", lambda remembered, share: None)
 
 
 def an_incomplete_list_is_trusted(patch):

@@ -190,6 +190,16 @@ def test_row_05_a_latch_of_its_batch_binds_a_host_to_no_realm():
     assert result["refused"]["code"] == "realm_changed"
 
 
+def test_row_04_a_stale_copy_latches_nothing():
+    seen = {"epochs": {"cp": 9}, "count": 5, "counts": {}}
+    ledger = dict(ledgers.empty(REALM), generation=1, host=HOST, reaped={"v1": 1_799_999_000}, manifest=seen)
+    assert plan(facts(ledger=ledger), share(live=["v1"], epochs={"cp": 8}))["refused"]["code"] == "epoch_went_back"
+    assert plan(facts(ledger=ledger), share(live=["v1"], epochs={"cp": 9}))["refused"]["code"] == "latched"
+    # One that holds is told first, whatever the list.
+    held = dict(ledger, latch={"code": "latched", "message": "m"})
+    assert plan(facts(ledger=held), share(epochs={"cp": 8}))["refused"]["message"] == "m"
+
+
 def test_row_35_a_reaped_vm_that_lives_elsewhere_latches_too():
     ledger = dict(ledgers.empty(REALM), generation=1, host=HOST, reaped={"v1": 1_799_999_000})
     result = plan(facts(ledger=ledger), share(elsewhere={"v1": ["h7", "h9"]}))

@@ -12,8 +12,8 @@ and, where it can do better than without,
 ``configured(options)``      checks before any host is touched what the spec cannot say; raises ManifestError
 ``still_listed(options, context, vm_ids)``  -> ``{vm_id: [host]}`` of those ids that are live now, asking for no others
 
-A source with ``ON_HOST`` true is no list: vm_resource_facts reads it on each host (module_utils/all_supervisors.py), and
-it has no fetch().
+A source with ``ON_HOST`` true is no list and has no fetch(): vm_resource_facts reads it on each host, see
+module_utils/all_supervisors.py.
 
 The context is ``{realm, now, directory, inventory, terminal_states}``: ``directory`` is the playbook's, ``inventory()``
 reads the inventory and returns it, with ``groups`` and ``variables(host name)``.
@@ -46,8 +46,8 @@ def configured(sources):
     if len(on_host) == len(found):
         raise ManifestError(
             "no_source",
-            "reap_live_sources has nothing but %s: on a host one sees who lives, and not who is dead; add a source that "
-            "lists all live VMs" % ", ".join(on_host),
+            "reap_live_sources has nothing but %s: on a host one sees who lives, and not who is dead; add a source "
+            "that lists all live VMs" % ", ".join(on_host),
         )
     twice = sorted(kind for kind in set(on_host) if on_host.count(kind) > 1)
     if twice:
