@@ -124,6 +124,30 @@ def test_what_is_no_list_of_vms(tmp_path):
             manifest.check(dict(document(), vms=nothing), "s", now=NOW, max_age=600)
 
 
+def test_what_was_begun_is_ended_whatever_came_of_it(tmp_path, monkeypatch):
+    ended = []
+
+    def vms(*some):
+        try:
+            yield from some
+        finally:
+            ended.append(True)
+
+    module = sources.importlib.import_module(sources.__name__ + ".file")
+    about = {"now": NOW, "directory": str(tmp_path), "terminal_states": manifest.TERMINAL_STATES}
+    kept = []
+    for some in ([{"vm_id": "v1"}], [{"vm_id": "../x"}, {"vm_id": "v2"}]):
+        kept.append(dict(document(), vms=vms(*some)))
+        monkeypatch.setattr(module, "fetch", lambda options, context: kept[-1])
+        wanted = [{"type": "file", "path": "x", "required": False}]
+        try:
+            sources.fetch(wanted, about, str(tmp_path / ("%d.sqlite" % next(SERIAL))), max_age=600)
+        except manifest.ManifestError:
+            pass
+        assert len(ended) == len(kept)
+    assert ended == [True, True]
+
+
 # --- asking once more --------------------------------------------------------------------------------------------
 
 

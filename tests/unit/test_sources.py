@@ -161,3 +161,11 @@ def test_the_union_of_two_files(write):
     assert both["live"] == {"h1": ["v1"], "h2": ["v2"]}
     assert both["answered"] == [both["source"].split(", ")[0], both["source"].split(", ")[1]]
     assert list(both["epochs"].values()) == [4]
+
+
+def test_a_secret_that_is_wrong_is_not_quoted(monkeypatch):
+    module = sources.importlib.import_module(sources.__name__ + ".file")
+    monkeypatch.setattr(module, "OPTIONS", dict(module.OPTIONS, token={"type": "int", "no_log": True}))
+    with pytest.raises(manifest.ManifestError) as caught:
+        sources.configured([of("x", token="hunter2")])
+    assert "token" in str(caught.value) and "hunter2" not in str(caught.value)

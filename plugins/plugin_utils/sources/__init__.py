@@ -21,6 +21,7 @@ reads the inventory and returns it, with ``groups`` and ``variables(host name)``
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 
@@ -65,14 +66,10 @@ def fetch(sources, context, path, *, max_age):
     collector, answered, skipped = Collector(path), [], []
     for module, options in _lists(sources):
         name = module.describe(options)
+        how = {"now": context["now"], "max_age": max_age, "terminal_states": context["terminal_states"]}
         try:
-            collector.add(
-                module.fetch(options, context),
-                name,
-                now=context["now"],
-                max_age=max_age,
-                terminal_states=context["terminal_states"],
-            )
+            with _ended(module.fetch(options, context)) as document:
+                collector.add(document, name, **how)
             answered.append(name)
         except ManifestError as err:
             if options["required"]:
@@ -94,15 +91,26 @@ def still_listed(sources, context, vm_ids, handle, *, max_age):
         name = module.describe(options)
         if name not in handle["answered"]:
             continue
+        how = {"now": context["now"], "max_age": max_age, "terminal_states": context["terminal_states"]}
         if hasattr(module, "still_listed"):
             listed = module.still_listed(options, context, vm_ids)
         else:
-            document = module.fetch(options, context)
-            listed = live_among(vm_ids, document, name, handle, now=context["now"], max_age=max_age,
-                                terminal_states=context["terminal_states"])
+            with _ended(module.fetch(options, context)) as document:
+                listed = live_among(vm_ids, document, name, handle, **how)
         for vm_id, hosts in listed.items():
             add_place(found, vm_id, hosts)
     return found
+
+
+@contextlib.contextmanager
+def _ended(document):
+    """Give the document and end its iterators then, which may hold a connection, whatever was taken of them."""
+    try:
+        yield document
+    finally:
+        for entries in document.values() if isinstance(document, dict) else ():
+            if hasattr(entries, "close"):
+                entries.close()
 
 
 def _lists(sources):
@@ -121,7 +129,8 @@ def _configured(number, source):
     module = importlib.import_module("%s.%s" % (__name__, kind))
     result = ArgumentSpecValidator(dict(COMMON, **module.OPTIONS)).validate(source)
     if result.error_messages:
-        raise ManifestError("bad_source", "%s (%s): %s" % (where, kind, "; ".join(result.error_messages)))
+        said = _without_secrets("; ".join(result.error_messages), source, module.OPTIONS)
+        raise ManifestError("bad_source", "%s (%s): %s" % (where, kind, said))
     options = result.validated_parameters
     if hasattr(module, "configured"):
         try:
@@ -129,3 +138,11 @@ def _configured(number, source):
         except ManifestError as err:
             raise ManifestError(err.code, "%s (%s): %s" % (where, kind, err)) from err
     return module, options
+
+
+def _without_secrets(text, source, options):
+    """Take the values of secret options out of a text: Ansible's validation quotes what it does not like."""
+    for name in options:
+        if options[name].get("no_log") and source.get(name):
+            text = text.replace(str(source[name]), "********")
+    return text
