@@ -227,7 +227,7 @@ def _keep_corrupt_aside(state_dir, realm, path):
 def own_directory(path):
     """Make a directory that only its owner can enter, or refuse one that somebody else could have prepared."""
     try:
-        os.makedirs(path, 0o700, exist_ok=True)
+        os.makedirs(path, 0o700)
     except FileExistsError:
         pass
     status = os.lstat(path)

@@ -154,7 +154,10 @@ def live_among(vm_ids, document, source, handle, *, now, max_age, terminal_state
             ids.append(vm_id)
         if vm_id in vm_ids and hosts is not None:
             add_place(found, vm_id, hosts)
-    epoch, before = _closed(document, head, listed, lambda: ids)["epoch"], handle["epochs"].get(source)
+    closed, before = _closed(document, head, listed, lambda: ids), handle["epochs"].get(source)
+    epoch = closed["epoch"]
+    if closed["unproven"]:
+        raise ManifestError("unproven", "%s: %s" % (source, closed["unproven"]))
     if before is not None and (epoch is None or epoch < before):
         raise ManifestError("epoch_went_back", "%s was at epoch %s and is at %s now" % (source, before, epoch))
     return found

@@ -194,6 +194,7 @@ def test_all_places_of_all_sources_are_told(asked):
         ({"epoch": 5}, {"epoch": 4}, "epoch_went_back"),
         ({"epoch": 5}, {}, "epoch_went_back"),
         ({}, {"count": 7}, "incomplete"),
+        ({}, {"proven": False}, "unproven"),
         ({}, {"sha256": "0" * 64}, "incomplete"),
         ({}, {"generated_at": 1_700_000_000}, "stale"),
     ],
@@ -204,6 +205,14 @@ def test_a_source_that_cannot_be_believed_now_is_told(asked, first, now, code):
     assert caught.value.code == code
     ids = {"sha256": manifest.sha256(["v1"])}
     assert asked([document(epoch=5)], [document(epoch=5, **ids)]) == {"v1": ["h1"]}
+
+
+def test_a_source_that_cannot_be_asked_about_single_vms_is_read_again(asked, monkeypatch):
+    module = sources.importlib.import_module(sources.__name__ + ".file")
+    monkeypatch.setattr(module, "still_listed", lambda options, context, ids: None, raising=False)
+    assert asked([document()], [document([("v2", "h2")])]) == {"v2": ["h2"]}
+    monkeypatch.setattr(module, "still_listed", lambda options, context, ids: {"v1": sorted(ids)})
+    assert asked([document()], [document([("v2", "h2")])]) == {"v1": ["v1", "v2"]}
 
 
 def test_only_a_source_that_answered_has_to_answer_again(asked):
