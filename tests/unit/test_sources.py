@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 
 import pytest
@@ -102,6 +103,47 @@ def test_a_bomb_of_references_costs_nothing(write):
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += ["a%d: &a%d [%s]" % (n, n, ", ".join(["*a%d" % (n - 1)] * 9)) for n in range(1, 30)]
     assert refusal(write("\n".join(lines)))[0] == "not_a_manifest"
+
+
+def lines(vms, **head):
+    first = {key: value for key, value in document(**head).items() if key != "vms"}
+    return "".join(json.dumps(one) + "\n" for one in [first, *vms])
+
+
+TWO = [{"vm_id": "v1", "host": "h1"}, {"vm_id": "v2", "host": "h2", "state": "running"}]
+
+
+def test_json_lines(write):
+    whole = fetch(write(lines(TWO, count=2, hosts=["h1", "h2"]), "live.jsonl"))
+    assert (whole["count"], whole["proven"]) == (2, True)
+    assert whole["live"] == {"h1": ["v1"], "h2": ["v2"]}
+    assert fetch(write(lines(TWO, sha256=manifest.sha256(["v1", "v2"])), "live.jsonl"))["proven"]
+    assert not fetch(write(lines(TWO, count=2, proven=False), "live.jsonl"))["proven"]
+    assert fetch(write(lines([], count=0), "live.jsonl"))["count"] == 0
+
+
+def test_row_02_lines_that_may_be_missing(write):
+    for head in ({}, {"count": None}):
+        bare = fetch(write(lines(TWO, **head), "live.jsonl"))
+        assert (bare["count"], bare["proven"]) == (2, False)
+        assert "has to say its count or sha256" in bare["unproven"][0]
+    content = lines(TWO, count=2)
+    assert refusal(write(content.rpartition("{")[0], "live.jsonl"))[0] == "incomplete"
+    assert "its last line is cut off" in refusal(write(content[:-1], "live.jsonl"))[1]
+    assert refusal(write(content[:-5] + "\n", "live.jsonl"))[0] == "unreadable"
+    assert refusal(write(content + "\n", "live.jsonl"))[0] == "unreadable"
+    assert refusal(write(content + "[]\n", "live.jsonl"))[0] == "not_a_manifest"
+    assert refusal(write(content + "[" * 100000 + "\n", "live.jsonl"))[0] == "unreadable"
+
+
+def test_lines_are_read_one_at_a_time_and_the_file_is_closed(write, tmp_path):
+    write(lines(TWO * 1000, count=2000), "live.jsonl")
+    before = os.listdir("/proc/self/fd")
+    module = sources.importlib.import_module(sources.__name__ + ".file")
+    found = module.fetch({"path": "live.jsonl"}, context(tmp_path))
+    assert next(found["vms"]) == TWO[0]
+    found["vms"].close()
+    assert os.listdir("/proc/self/fd") == before
 
 
 def test_what_is_no_file(tmp_path):
