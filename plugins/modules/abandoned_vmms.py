@@ -108,20 +108,22 @@ EXAMPLES = r"""
         facts_age: "{{ now().timestamp() - began | float }}"
 
 # A control plane of one's own, with the hosts that answered written down by hand.
-- name: Settle
-  microvm.reaper.abandoned_vmms:
-    conninfo: service=cloud
-    records: {table: cloud.machines, instance: server, host: node, changed: time_created}
-    reservations: {table: cloud.allocations, id: machine, instance: server, host: node}
-    instances: {table: cloud.servers, active: machine, target: moving_to}
-    terminal_states: [terminated, error]
-    tombstoned_states: [released]
-    facts:
-      node-1: [vm-17, vm-23]
-      node-2: []
-    facts_age: 120
-  delegate_to: localhost
-  run_once: true
+- name: Settle the records of another control plane
+  hosts: localhost
+  gather_facts: false
+  tasks:
+    - name: Settle
+      microvm.reaper.abandoned_vmms:
+        conninfo: service=cloud
+        records: {table: cloud.machines, instance: server, host: node, changed: time_created}
+        reservations: {table: cloud.allocations, id: machine, instance: server, host: node}
+        instances: {table: cloud.servers, active: machine, target: moving_to}
+        terminal_states: [terminated, error]
+        tombstoned_states: [released]
+        facts:
+          node-1: [vm-17, vm-23]
+          node-2: []
+        facts_age: 120
 """
 
 RETURN = r"""

@@ -753,13 +753,13 @@ def _plan(facts, share, policy, *, counts, refused=None, families=None, living=0
         "ledger_changed": any(ledger[key] != before[key] for key in ledger),
         "generation": before["generation"],
         "counts": {kind: counts[kind] for kind in sorted(counts)},
-        "notices": _notices(facts, refused),
+        "notices": _notices(facts),
     }
 
 
-def _notices(facts, refused):
+def _notices(facts):
     """Return what a person should know beside: an unreadable ledger, supervisors that did not tell who lives."""
-    silent = _silent(facts, required=False) if _something(facts) and not refused else []
+    silent = _silent(facts, required=False) if _something(facts) else []
     return ([facts["ledger_problem"]] if facts.get("ledger_problem") else []) + [
         "%s did not say who lives" % one for one in silent
     ]

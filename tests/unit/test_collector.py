@@ -187,6 +187,48 @@ def test_all_places_of_all_sources_are_told(asked):
     assert asked(first, [moving, nowhere]) == asked(first, [nowhere, moving]) == {"v1": []}
 
 
+def test_a_list_that_is_whole_is_believed_once_more(asked):
+    now = document([("v1", "h1"), ("v2", "h1")], count=2, sha256=manifest.sha256(["v1", "v2"]))
+    assert asked([document()], [now]) == {"v1": ["h1"], "v2": ["h1"]}
+
+
+@pytest.mark.parametrize(
+    ("first", "now", "said"),
+    [
+        ({}, {"realm": "other"}, "^file 0.json speaks for realm 'other' now"),
+        ({"epoch": 5}, {"epoch": 4}, "^file 0.json was at epoch 5 and is at 4 now"),
+        ({}, {"generated_at": 1_700_000_000}, "^file 0.json: the manifest is .* old"),
+        ({}, {"hosts": ["h2"]}, "^file 0.json: the VM v1 is on host 'h1'"),
+        ({}, {"vms": [{"vm_id": "v1", "host": 5}]}, r"^file 0.json: vms\[0\].host: a text"),
+    ],
+)
+def test_a_source_that_cannot_be_believed_now_is_named(asked, first, now, said):
+    with pytest.raises(manifest.ManifestError, match=said):
+        asked([document(**first)], [document() | now])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"vms": [{"vm_id": "v1", "host": 5}]}, r"^s0: vms\[0\].host: a text"),
+        ({"tombstones": [{"vm_id": "v9"}, {"vm_id": 5}]}, r"^s0: tombstones\[1\]: "),
+        ({"proven": False, "unproven": 5}, "^s0: unproven: a text"),
+    ],
+)
+def test_what_is_wrong_is_named_by_its_place(tmp_path, changes, said):
+    with pytest.raises(manifest.ManifestError, match=said):
+        collected(tmp_path, document() | changes)
+
+
+def test_a_source_that_fails_in_the_end_leaves_no_tombstone(tmp_path):
+    collector = manifest.Collector(str(tmp_path / "m"))
+    dead = document(vms=(), tombstones=[{"vm_id": "v9", "destroyed_at": 1_700_000_000}], count=5)
+    with pytest.raises(manifest.ManifestError, match="'count' is 5"):
+        collector.add(dead, "bad", now=NOW, max_age=600)
+    collector.add(document(), "good", now=NOW, max_age=600)
+    assert manifest.share(collector.finish(), "h1", {"v9"})["tombstones"] == {}
+
+
 @pytest.mark.parametrize(
     ("first", "now", "code"),
     [

@@ -214,6 +214,8 @@ def test_row_36_hostile_shapes_are_refused(content):
         (document(hosts=[5]), "test: hosts: a text"),
         (document(vms=()) | {"vms": [vm(), "v2"]}, "test: vms[1]: "),
         (document(vms=()) | {"vms": [vm(), vm(host=5)]}, "test: vms[1].host: a text"),
+        (document(vms=()) | {"vms": [vm(), vm(host=5)], "hosts": ["h1"]}, "test: vms[1].host: a text"),
+        (document(vms=()) | {"vms": [vm(), vm(host="h2")], "hosts": ["h1"]}, "test: the VM v1 is on host 'h2'"),
         (document(vms=()) | {"vms": [vm(), vm(also_on=[5])]}, "test: vms[1].host: a text"),
         (document(vms=()) | {"vms": [vm(), vm(also_on=5)]}, "test: vms[1]: 'also_on' must be a list"),
         (document(vms=()) | {"vms": [vm(), vm(state=5)]}, "test: vms[1].state: a text"),

@@ -618,6 +618,7 @@ def test_an_optional_one_is_a_notice():
     result = plan(facts(*things, now=2000.0, ledger=remembered(first), supervisors=optional))
     assert result["refused"] is None and len(result["reap"]) == 1
     assert result["notices"] == ["the supervisor firecracker (timed out) did not say who lives"]
+    assert plan(facts(supervisors=optional))["notices"] == []  # nothing to decide there
 
 
 def explained(host, what="v1"):

@@ -63,9 +63,11 @@ def test_families_list_their_resources_in_the_order_of_removal_and_in_brief():
 def test_all_of_a_kind_are_counted():
     host = facts(*[thing("cgroup", vm_id) for vm_id in ("v1", "v2", "v3", "w1", "w2")])
     host["kinds"]["cgroup"]["foreign"] = 3
+    del host["kinds"]["jail"]["foreign"]
     result = plan(host, share(live=["w1", "w2"]))
     counted = result["counts"]["cgroup"]
     assert (counted["suspected"], counted["live"], counted["foreign"], counted["reap"]) == (3, 2, 3, 0)
+    assert result["counts"]["jail"]["foreign"] == 0
     assert result["vms"] == {"live": 2, "suspected": 3, "confirmed": 0, "disputed": 0, "held": 0, "unknown": 0}
 
 
@@ -176,7 +178,7 @@ ELEVEN = [thing("cgroup", "v%02d" % number) for number in range(11)]
             {"ledger": known(count=100)},
             {"count": 49},
             "shrunk",
-            ["listed 100 VMs", "lists 49 now", "(51 % fewer, reap_max_shrink_percent is 50)"],
+            ["the live source listed 100 VMs", "lists 49 now", "(51 % fewer, reap_max_shrink_percent is 50)"],
         ),
         (
             {"other_realms": ["lab", "staging"], "ledger": ledgers.empty(REALM)},
@@ -272,6 +274,14 @@ def test_a_name_may_have_spaces():
     result = plan(facts(ledger=ledger, unavailable=["container"]))
     assert result["ledger"]["strikes"] == ledger["strikes"]
     assert ledger["strikes"]["container a b c"]["boot_id"] == BOOT
+
+
+def test_row_03_a_source_that_is_left_out_for_once_is_not_forgotten():
+    ledger = known(count=80, counts={"a": 40, "b": 40})
+    without = plan(facts(ledger=ledger), share(count=40, counts={"a": 40}))
+    back = plan(facts(ledger=remembered(without, ledger)), share(count=42, counts={"a": 40, "b": 2}))
+    assert back["refused"]["code"] == "shrunk"
+    assert "source b listed 40 VMs" in back["refused"]["message"]
 
 
 def test_an_intent_that_is_forgotten_does_not_hide_the_next():
