@@ -4,10 +4,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 
 from ansible import constants as C
+from ansible.errors import AnsibleError
 from ansible.inventory.manager import InventoryManager
 from ansible.plugins.action import ActionBase
 from ansible.template import Templar
@@ -30,7 +32,8 @@ class Inventory:
 
     def __init__(self, loader, task_vars):
         self._manager = InventoryManager(loader=loader, sources=task_vars["ansible_inventory_sources"], parse=False)
-        self._manager.parse_sources(cache=False)
+        with _all_or_nothing():
+            self._manager.parse_sources(cache=False)
         self._variables = VariableManager(loader=loader, inventory=self._manager)
         self._extra_variables = self._variables.extra_vars
         self._own = VariableManager(loader=loader, inventory=self._manager)
@@ -57,6 +60,21 @@ class Inventory:
         host = self._manager.get_host(name) or self._play_hostvars._inventory.get_host(name)
         found = self._own.get_vars(host=host, include_hostvars=False)
         return _Rendered(found, Templar(loader=self._loader, variables=dict(self._extra_variables, **found)))
+
+
+@contextlib.contextmanager
+def _all_or_nothing():
+    """Let no part of the inventory be left out: Ansible by default warns of a plugin that fails, and goes on."""
+    setting = "INVENTORY_ANY_UNPARSED_IS_FAILED"
+    before = getattr(C, setting)
+    setattr(C, setting, True)
+    try:
+        yield
+    except AnsibleError as err:
+        said = " ".join(str(err).split())
+        raise manifest.ManifestError("unreadable", "a part of the inventory cannot be read: %s" % said) from err
+    finally:
+        setattr(C, setting, before)
 
 
 class _Rendered(dict):

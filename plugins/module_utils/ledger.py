@@ -200,13 +200,13 @@ def _checked(ledger, realm):
             raise ValueError("an intent without kind, name or identity")
         if not VM_ID.fullmatch(token["vm_id"]) or not isinstance(token["details"], dict):
             raise ValueError("an intent without vm_id or details")
-    remembered = ledger["manifest"]
+    remembered = dict(empty(realm)["manifest"], **ledger["manifest"])
     if not all(math.isfinite(epoch) for epoch in remembered["epochs"].values()):
         raise ValueError("an epoch that is no number")
     counts = [*remembered["counts"].values()] + [remembered["count"]]
     if not all(count is None or math.isfinite(count) for count in counts):
         raise ValueError("a count that is no number")
-    ledger = dict(empty(realm), **ledger)
+    ledger = dict(empty(realm), **dict(ledger, manifest=remembered))
     if not all(VM_ID.fullmatch(vm_id) and math.isfinite(when) for vm_id, when in ledger["reaped"].items()):
         raise ValueError("a reaped VM without id or time")
     latch = ledger["latch"]

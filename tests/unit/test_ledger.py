@@ -77,6 +77,11 @@ def test_what_was_never_saved_may_come_from_elsewhere():
     assert ledgers.checked(full, REALM) == full
 
 
+def test_a_ledger_of_before_what_is_remembered_today_is_good():
+    older = good(manifest={"epochs": {"a": 7}, "count": 9})
+    assert ledgers.checked(older, REALM)["manifest"] == {"epochs": {"a": 7}, "count": 9, "counts": {}}
+
+
 def test_a_host_without_a_ledger_remembers_nothing(state):
     assert ledgers.load(state, REALM) == (ledgers.empty(REALM), None)
     assert not os.path.exists(state)

@@ -5,12 +5,14 @@
 from __future__ import annotations
 
 import pytest
+from ansible import constants
 from ansible.inventory.manager import InventoryManager
 from ansible.parsing.dataloader import DataLoader
 from ansible.utils import vars as ansible_vars
 from ansible.vars.hostvars import HostVars
 from ansible.vars.manager import VariableManager
 from ansible_collections.microvm.reaper.plugins.action.live_manifest import Inventory
+from ansible_collections.microvm.reaper.plugins.plugin_utils.manifest import ManifestError
 from ansible_collections.microvm.reaper.plugins.plugin_utils.sources import inventory as source
 
 INVENTORY = """
@@ -55,3 +57,16 @@ def fetched(tmp_path, monkeypatch):
 @pytest.mark.parametrize("extra", [{}, {"vm_id": "v9"}, {"vm_host": "rack9", "reap_host_id": "r"}, {"vm_state": "x"}])
 def test_every_vm_keeps_its_own_id_host_and_state(fetched, extra):
     assert fetched(where="rack1", **extra) == {"v1": "rack1", "b": "rack1", "c": "rack1"}
+
+
+def test_row_33_a_part_of_the_inventory_that_cannot_be_read_is_no_smaller_inventory(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "INVENTORY_ANY_UNPARSED_IS_FAILED", False)
+    (tmp_path / "a.yml").write_text(INVENTORY)
+    (tmp_path / "b.yml").write_text("all: {hosts: {rack2: ")
+    loader = DataLoader()
+    task_vars = {"ansible_inventory_sources": [str(tmp_path)], "groups": {}, "hostvars": {}}
+    with pytest.raises(ManifestError, match="a part of the inventory cannot be read"):
+        Inventory(loader, task_vars)
+    assert constants.INVENTORY_ANY_UNPARSED_IS_FAILED is False
+    (tmp_path / "b.yml").unlink()
+    assert "live_vms" in Inventory(loader, task_vars).groups
