@@ -506,7 +506,7 @@ def test_a_cap_that_is_tripped_on_one_host_or_by_all_stops_all(pair: Fleet, tmp_
 GOOD = {"reap_realm": "test", "reap_presets": ["hyper"], "reap_live_sources": [{"type": "file", "path": "live.json"}]}
 BAD = {
     "unknown": ({"reap_foo": 1, "reap_strikse": 3}, ["reap_foo", "reap_strikse"]),
-    "wrong type": ({"reap_deadline": "many", "reap_keep": {"a": 1}}, ["reap_deadline", "'many'"]),
+    "wrong type": ({"reap_percent_floor": "many", "reap_keep": {"a": 1}}, ["reap_percent_floor", "'many'"]),
     "no number": ({"reap_strikes": "many"}, ["reap_strikes must be a number, at least 2, not 'many'"]),
     "no grade": ({"reap_hold": {"unproven": 5}}, ["reap_hold has values for unproven"]),
     "no such choice": ({"reap_running": "maybe"}, ["reap_running", "maybe"]),
