@@ -52,7 +52,7 @@ PARTS: dict[str, tuple[int, list[list[str]]]] = {
     "oldest": (600, [["python", "tests/oldest.py"]]),
     "sanity": (1200, [["python", "tests/sanity.py"]]),
     "scenarios": (2400, [[*MOLECULE, "test", "-s", name] for name in SCENARIOS]),
-    "integration": (1800, [["pytest", "tests/integration", "tests/hosts"]]),
+    "integration": (3000, [["pytest", "tests/integration", "tests/hosts"]]),
 }
 CLEANUP: dict[str, list[list[str]]] = {
     "scenarios": [[*MOLECULE, "destroy", "-s", name] for name in SCENARIOS],
