@@ -6,8 +6,11 @@ from __future__ import annotations
 
 import operator
 
-import jmespath
-from jmespath.exceptions import JMESPathError
+try:
+    import jmespath
+    from jmespath.exceptions import JMESPathError
+except ImportError:  # http.py says so before anything here is called
+    jmespath, JMESPathError = None, Exception  # type: ignore[assignment, misc]
 
 from ..manifest import ManifestError
 

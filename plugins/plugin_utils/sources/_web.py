@@ -25,8 +25,11 @@ import time
 import urllib.parse
 import zlib
 
-import requests
-import urllib3
+try:
+    import requests
+    import urllib3
+except ImportError:  # http.py says so before anything here is called
+    requests = urllib3 = None  # type: ignore[assignment]
 
 from ..manifest import ManifestError
 
@@ -212,7 +215,7 @@ class Client:
         status, headers, body = answer
         if (status == 304 and etag is not None) or (status in (404, 410) and may_be_gone):
             return Answer(status, headers, None)
-        kind, _, rest = headers.get("Content-Type", "").partition(";")
+        kind, _semicolon, rest = headers.get("Content-Type", "").partition(";")
         if status != 200:
             text = self._answered(answer, kind)
             if 300 <= status < 400 and "Location" in headers:
@@ -338,7 +341,7 @@ def _http_date(text):
 def _charset(parameters):
     """Return the charset among a content type's parameters; without one JSON is UTF-8."""
     for parameter in parameters.split(";"):
-        name, _, value = parameter.partition("=")
+        name, _equals, value = parameter.partition("=")
         if name.strip().lower() == "charset":
             return value.strip().strip("\"'").lower()
     return "utf-8"

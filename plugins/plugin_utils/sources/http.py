@@ -54,6 +54,7 @@ MAX_SECRET = 64 * 1024
 HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 VISIBLE = re.compile(r"[!-~]+")
 
+
 def describe(options):
     """Name the source by its name or URL."""
     parts = urllib.parse.urlsplit(options["url"])
@@ -97,13 +98,14 @@ def still_listed(options, context, vm_ids):
 
 def _listing():
     """Return the module that needs libraries which only this source needs."""
-    try:
-        from . import _listing
-    except ImportError as err:
-        missing = err.name
-    else:
-        return _listing
-    raise ManifestError("missing_library", "it needs the Python library %s: pip install requests jmespath" % missing)
+    from . import _listing, _paths, _web
+
+    needed = {"jmespath": _paths.jmespath, "requests": _web.requests}
+    for name in needed:
+        if needed[name] is None:
+            said = "it needs the Python library %s: pip install requests jmespath" % name
+            raise ManifestError("missing_library", said)
+    return _listing
 
 
 def _client(options, context):
@@ -126,6 +128,7 @@ def _in(directory, path):
 
 
 def _secret(name, path):
+    problem = None
     try:
         with open(path, encoding="utf-8") as stream:
             return stream.read(MAX_SECRET).strip()
