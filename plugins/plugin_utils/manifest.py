@@ -6,19 +6,23 @@ Collector takes the documents of several sources, checks them, and writes them t
 host's share: a manifest of a million VMs is never in memory. check() and union() do the same in memory.
 
 DOCUMENT ``{realm, generated_at, complete, vms: [{vm_id, host, state, also_on}]}`` and optionally ``source, epoch,
-count, sha256, hosts, tombstones: [{vm_id, destroyed_at}], proven, unproven``. ``vms`` may be any iterable, which is
-taken once; ``realm, generated_at, hosts`` must be there before, everything else only when it is exhausted. ``proven``
-is False where nothing shows that the list is complete, ``unproven`` says why.
+count, sha256, hosts, tombstones: [{vm_id, destroyed_at}], proven, unproven``. ``vms`` may be any iterator, which is
+taken once, of VMs or of COLUMNS of them; ``realm, generated_at, hosts`` must be there before, everything else only when
+it is exhausted. ``proven`` is False where nothing shows that the list is complete, ``unproven`` says why.
 """
 
 from __future__ import annotations
 
+import collections
 import datetime
 import hashlib
+import itertools
 import math
 import os
+import re
 import sqlite3
 import time
+import typing
 import urllib.parse
 from collections.abc import Iterator
 
@@ -29,6 +33,18 @@ TERMINAL_STATES = ("deleted", "destroyed", "saga_unwound", "terminated")
 # The clocks of control plane and controller may differ by so much: the other half of the minute that reap_min_age gives
 # a new VM to be listed. A list from further in the future shows that they differ by more.
 FUTURE_SECONDS = 30
+VM_IDS = re.compile(r"%s(?:\n%s)*" % (VM_ID.pattern, VM_ID.pattern))
+# VMs that are looked at together, rows of the index that are written together, and ids that are kept for their hosts.
+PAGE, ROWS, KEPT = 1000, 400, 100_000
+
+
+class Columns(typing.NamedTuple):
+    """COLUMNS: many VMs at once, four lists of the same length with the values that VMs have under these names."""
+
+    vm_id: list
+    host: list
+    state: list
+    also_on: list
 
 
 class ManifestError(Exception):
@@ -43,23 +59,24 @@ def check(document, source, *, now, max_age, terminal_states=TERMINAL_STATES):
     """Return one source's document as ``{realm, source, epoch, generated_at, age, count, proven, unproven, hosts, vms,
     tombstones}``.
 
-    ``vms`` is a list of ``(vm_id, [host])`` (no host: it lives everywhere), ``tombstones`` maps ids to the seconds
-    since they were destroyed (None: unknown), ``generated_at`` is in seconds since 1970, ``age`` in seconds,
+    ``vms`` maps the ids of what lives to ``[host]`` (no host: it lives everywhere), ``tombstones`` maps ids to the
+    seconds since they were destroyed (None: unknown), ``generated_at`` is in seconds since 1970, ``age`` in seconds,
     ``unproven`` says why the list is not. Raises ManifestError.
     """
     head = _opened(document, source, now, max_age)
-    listed = list(_entries(document["vms"], source, terminal_states, head["hosts"]))
-    vms = [(vm_id, hosts) for vm_id, hosts in listed if hosts is not None]
-    live = {vm_id for vm_id, _hosts in vms}
-    tombstones = dict.fromkeys(vm_id for vm_id, hosts in listed if hosts is None and vm_id not in live)
+    listed, vms, ended, ids = 0, {}, [], []
+    for count, places, vm_ids in _Entries(source, terminal_states, head["hosts"]).rows(document["vms"]):
+        listed += count
+        ids += vm_ids
+        for place, vm_id in zip(places, vm_ids, strict=True):
+            if place is None:
+                ended.append(vm_id)
+            else:
+                add_place(vms, vm_id, _hosts_at(place))
+    tombstones = dict.fromkeys(vm_id for vm_id in ended if vm_id not in vms)
     for vm_id, since in _tombstones(document, source, now):
         tombstones[vm_id] = _shorter(since, tombstones.get(vm_id))
-    return dict(
-        _closed(document, head, len(listed), lambda: (vm_id for vm_id, _hosts in listed)),
-        count=len(live),
-        vms=vms,
-        tombstones=tombstones,
-    )
+    return dict(_closed(document, head, listed, lambda: ids), count=len(vms), vms=vms, tombstones=tombstones)
 
 
 def union(manifests):
@@ -67,15 +84,15 @@ def union(manifests):
 
     Hosts are those that any source speaks for; unknown as soon as one source does not say which it speaks for.
     """
-    joined = _joined(manifests)
-    vms = [vm for one in manifests for vm in one["vms"]]
-    live = {vm_id for vm_id, _hosts_of_it in vms}
-    tombstones = {}
+    joined, vms, tombstones = _joined(manifests), {}, {}
+    for one in manifests:
+        for vm_id, hosts in one["vms"].items():
+            add_place(vms, vm_id, hosts)
     for one in manifests:
         for vm_id, since in one["tombstones"].items():
-            if vm_id not in live:
+            if vm_id not in vms:
                 tombstones[vm_id] = _shorter(since, tombstones.get(vm_id))
-    return dict(joined, count=len(live), vms=vms, tombstones=tombstones)
+    return dict(joined, count=len(vms), vms=vms, tombstones=tombstones)
 
 
 def _joined(manifests):
@@ -111,7 +128,7 @@ def sha256(vm_ids):
 
 
 class Collector:
-    """Checks the documents of several sources and joins them in an index, one VM after the other."""
+    """Checks the documents of several sources and joins them in an index, one page of VMs after the other."""
 
     def __init__(self, path):
         self._writer = _Writer(path)
@@ -123,7 +140,10 @@ class Collector:
         number = len(self._heads)
         try:
             head = _opened(document, source, now, max_age)
-            listed = self._writer.add_vms(number, _entries(document["vms"], source, terminal_states, head["hosts"]))
+            listed = 0
+            for count, places, vm_ids in _Entries(source, terminal_states, head["hosts"]).rows(document["vms"]):
+                listed += count
+                self._writer.add_vms(number, places, vm_ids)
             self._writer.add_tombstones(number, _tombstones(document, source, now))
             self._heads.append(_closed(document, head, listed, lambda: self._writer.vm_ids(number)))
         except ManifestError:
@@ -133,8 +153,9 @@ class Collector:
     def finish(self):
         """Return the HANDLE of what all sources list together."""
         self._writer.index()
-        joined = _joined([dict(head, count=self._writer.count(number)) for number, head in enumerate(self._heads)])
-        count = next(iter(joined["counts"].values())) if len(self._heads) == 1 else self._writer.count()
+        count, one = self._writer.count(), len(self._heads) == 1
+        counts = [count if one else self._writer.count(number) for number in range(len(self._heads))]
+        joined = _joined([dict(head, count=counts[number]) for number, head in enumerate(self._heads)])
         self._writer.close(joined["hosts"])
         return _handle(dict(joined, count=count), self._path)
 
@@ -147,13 +168,16 @@ def live_among(vm_ids, document, source, handle, *, now, max_age, terminal_state
     head = _opened(document, source, now, max_age)
     if head["realm"] != handle["realm"]:
         raise ManifestError("other_realm", "%s speaks for realm %r now" % (source, head["realm"]))
-    listed, found, ids = 0, {}, []
-    for vm_id, hosts in _entries(document["vms"], source, terminal_states, head["hosts"]):
-        listed += 1
+    wanted, listed, found, ids = set(vm_ids), 0, {}, []
+    for count, places, here in _Entries(source, terminal_states, head["hosts"]).rows(document["vms"]):
+        listed += count
         if document.get("sha256") is not None:
-            ids.append(vm_id)
-        if vm_id in vm_ids and hosts is not None:
-            add_place(found, vm_id, hosts)
+            ids += here
+        if wanted.isdisjoint(here):
+            continue
+        for place, vm_id in zip(places, here, strict=True):
+            if vm_id in wanted and place is not None:
+                add_place(found, vm_id, _hosts_at(place))
     closed, before = _closed(document, head, listed, lambda: ids), handle["epochs"].get(source)
     epoch = closed["epoch"]
     if closed["unproven"]:
@@ -165,8 +189,15 @@ def live_among(vm_ids, document, source, handle, *, now, max_age, terminal_state
 
 def add_place(found, vm_id, hosts):
     """Add hosts to ``{vm_id: [host]}``, in which no host means everywhere."""
-    known = found.get(vm_id, hosts)
-    found[vm_id] = sorted({*known, *hosts}) if known and hosts else []
+    known = found.get(vm_id)
+    if known is None:
+        found[vm_id] = hosts
+    elif known != hosts:
+        found[vm_id] = sorted({*known, *hosts}) if known and hosts else []
+
+
+def _hosts_at(place):
+    return [place] if place else []
 
 
 class _Writer:
@@ -179,53 +210,75 @@ class _Writer:
         for statement in (
             "PRAGMA journal_mode = OFF",
             "PRAGMA synchronous = OFF",
-            # host: "" lives everywhere, NULL is in a terminal state
+            # host: "" lives everywhere
             "CREATE TABLE vm (host TEXT, vm_id TEXT, source INTEGER)",
-            "CREATE TABLE ended (vm_id TEXT, since REAL, source INTEGER)",
+            # the same, a text of many ids for each host: what lives on a host is read at once, not found one by one
+            "CREATE TABLE here (host TEXT, vm_ids TEXT, source INTEGER)",
+            # is_listed: among the VMs, in a state that is terminal, and not only among the tombstones
+            "CREATE TABLE ended (vm_id TEXT, since REAL, source INTEGER, is_listed INTEGER)",
             "CREATE TABLE tombstone (vm_id TEXT PRIMARY KEY, since REAL) WITHOUT ROWID",
             "CREATE TABLE host (name TEXT PRIMARY KEY) WITHOUT ROWID",
             "BEGIN",
         ):
             self._connection.execute(statement)
+        self._here, self._kept = collections.defaultdict(list), 0
 
-    def add_vms(self, number, entries):
-        """Add what _entries() yields; return how many that were."""
-        listed = 0
+    def add_vms(self, number, places, vm_ids):
+        """Add rows of _Entries."""
+        if None in places:
+            ended = (vm_id for place, vm_id in zip(places, vm_ids, strict=True) if place is None)
+            self._add_ended(number, ((vm_id, None) for vm_id in ended), is_listed=1)
+            lives = [place is not None for place in places]
+            places, vm_ids = list(itertools.compress(places, lives)), list(itertools.compress(vm_ids, lives))
+        values = [None] * (2 * len(vm_ids))
+        values[0::2], values[1::2] = places, vm_ids
+        for begin in range(0, len(values), 2 * ROWS):
+            some = values[begin:begin + 2 * ROWS]
+            # Many rows in one statement take half the time.
+            marks = ", ".join(["(?, ?, %d)" % number] * (len(some) // 2))
+            self._connection.execute("INSERT INTO vm VALUES %s" % marks, some)
+        for place, vm_id in zip(places, vm_ids, strict=True):
+            self._here[place].append(vm_id)
+        self._kept += len(vm_ids)
+        if self._kept > KEPT:
+            self._write_here(number)
 
-        def rows():
-            nonlocal listed
-            for vm_id, hosts in entries:
-                listed += 1
-                for host in (None,) if hosts is None else hosts or ("",):
-                    yield host, vm_id, number
-
-        self._connection.executemany("INSERT INTO vm VALUES (?, ?, ?)", rows())
-        return listed
+    def _write_here(self, number):
+        rows = ((host, "\n".join(vm_ids), number) for host, vm_ids in self._here.items())
+        self._connection.executemany("INSERT INTO here VALUES (?, ?, ?)", rows)
+        self._here.clear()
+        self._kept = 0
 
     def add_tombstones(self, number, tombstones):
-        """Add ``(vm_id, seconds since it was destroyed)``."""
-        rows = ((vm_id, since, number) for vm_id, since in tombstones)
-        self._connection.executemany("INSERT INTO ended VALUES (?, ?, ?)", rows)
+        """Add ``(vm_id, seconds since it was destroyed)``, when all VMs of a source were added."""
+        self._write_here(number)
+        self._add_ended(number, tombstones, is_listed=0)
+
+    def _add_ended(self, number, ended, is_listed):
+        rows = ((vm_id, since, number, is_listed) for vm_id, since in ended)
+        self._connection.executemany("INSERT INTO ended VALUES (?, ?, ?, ?)", rows)
 
     def vm_ids(self, number):
-        """Yield the distinct ids that a source listed, in order."""
-        found = self._connection.execute("SELECT DISTINCT vm_id FROM vm WHERE source = ? ORDER BY vm_id", (number,))
-        return (vm_id for (vm_id,) in found)
+        """Yield the distinct ids that a source listed as VMs."""
+        listed = (
+            "SELECT vm_id FROM vm WHERE source = ?1 UNION SELECT vm_id FROM ended WHERE source = ?1 AND is_listed = 1"
+        )
+        return (vm_id for (vm_id,) in self._connection.execute(listed, (number,)))
 
     def drop(self, number):
         """Forget a source."""
-        for table in ("vm", "ended"):
+        self._here.clear()
+        for table in ("vm", "here", "ended"):
             self._connection.execute("DELETE FROM %s WHERE source = ?" % table, (number,))
 
     def index(self):
         """Make it quick to be asked, when everything is in it."""
         # At the end and at once: half the time of trees that grow at random places.
         for statement in (
-            "CREATE INDEX by_host ON vm (host, vm_id)",
             "CREATE INDEX by_id ON vm (vm_id, host, source)",
-            "INSERT INTO tombstone SELECT vm_id, MIN(since) FROM"
-            " (SELECT vm_id, NULL AS since FROM vm WHERE host IS NULL UNION ALL SELECT vm_id, since FROM ended) AS one"
-            " WHERE NOT EXISTS (SELECT 1 FROM vm WHERE vm.vm_id = one.vm_id AND vm.host IS NOT NULL) GROUP BY vm_id",
+            "CREATE INDEX by_host ON here (host)",
+            "INSERT INTO tombstone SELECT vm_id, MIN(since) FROM ended"
+            " WHERE NOT EXISTS (SELECT 1 FROM vm WHERE vm.vm_id = ended.vm_id) GROUP BY vm_id",
             "DROP TABLE ended",
         ):
             self._connection.execute(statement)
@@ -233,9 +286,8 @@ class _Writer:
     def count(self, number=None):
         """Return how many VMs live, all or by one source."""
         # In the order of the index, which COUNT(DISTINCT) does not use.
-        one = "SELECT 1 FROM vm WHERE host IS NOT NULL AND ? IN (source, -1) GROUP BY vm_id"
-        counted = self._connection.execute("SELECT COUNT(*) FROM (%s)" % one, (-1 if number is None else number,))
-        return counted.fetchone()[0]
+        where = "" if number is None else "WHERE source = %d" % number
+        return self._connection.execute("SELECT COUNT(*) FROM (SELECT DISTINCT vm_id FROM vm %s)" % where).fetchone()[0]
 
     def close(self, hosts):
         """Write the hosts that the manifest speaks for, and end."""
@@ -256,17 +308,16 @@ class Index:
         ``any_host_protects``: the manifest does not say which hosts it speaks for, so a VM that is named on another one
         may be here all the same under a name of this host that we do not know.
         """
-        elsewhere, tombstones = {}, {}
+        live, elsewhere, tombstones = set(), {}, {}
         connection = sqlite3.connect("file:%s?mode=ro" % urllib.parse.quote(self.path), uri=True)
         try:
-            # Most of what is on a host lives there: one range of the index. Only the others are looked up one by one.
-            here = connection.execute("SELECT vm_id FROM vm WHERE host = ?", (host,))
-            live = vm_ids & {vm_id for vm_id, in here}
+            for (here,) in connection.execute("SELECT vm_ids FROM here WHERE host IN (?, '')", (host,)):
+                live |= vm_ids.intersection(here.split("\n"))
+            # Most of what is on a host lives there: only the others are looked for one by one.
             for part in _parts(sorted(vm_ids - live)):
                 marks = ",".join("?" * len(part))
-                places = "SELECT vm_id, host FROM vm WHERE host IS NOT NULL AND vm_id IN (%s)" % marks
-                for vm_id, where in connection.execute(places, part):
-                    if any_host_protects or not where:
+                for vm_id, where in connection.execute("SELECT vm_id, host FROM vm WHERE vm_id IN (%s)" % marks, part):
+                    if any_host_protects:
                         live.add(vm_id)
                     else:
                         elsewhere.setdefault(vm_id, set()).add(where)
@@ -294,7 +345,8 @@ def _parts(ids):
 def handle(manifest, path):
     """Write the index of ``manifest`` (of union()) to the new file ``path``; return its HANDLE."""
     writer = _Writer(path)
-    writer.add_vms(0, manifest["vms"])
+    rows = [(place, vm_id) for vm_id, hosts in manifest["vms"].items() for place in hosts or [""]]
+    writer.add_vms(0, [place for place, _vm_id in rows], [vm_id for _place, vm_id in rows])
     writer.add_tombstones(0, manifest["tombstones"].items())
     writer.index()
     writer.close(manifest["hosts"])
@@ -375,45 +427,102 @@ def _check_age(age, max_age, source):
         )
 
 
-def _entries(entries, source, terminal_states, known_hosts):
-    """Yield ``(vm_id, [host])`` for each VM: no host for one that lives everywhere, None for one that has ended.
-
-    A million VMs have a few states and some thousand hosts: what was found good once is not looked at again.
+class _Entries:
+    """Checks what a source lists. A million VMs have a few states and some thousand hosts, and most are as plain as can
+    be: a page of those is looked at as a whole, and what was found good once is not looked at again.
     """
-    known = None if known_hosts is None else set(known_hosts)
-    ends = {state.lower() for state in terminal_states}
-    has_ended, alone_on = {}, {}
-    where = _Place(source, "vms")
-    for where.number, vm in enumerate(entries):
-        vm_id = _vm_id(vm, where)
-        state = vm.get("state")
-        if state is not None:
-            if not isinstance(state, str) or state not in has_ended:
-                has_ended[state] = _text(state, where, ".state").lower() in ends
-            if has_ended[state]:
-                yield vm_id, None
-                continue
-        host, also_on = vm.get("host"), vm.get("also_on")
-        if also_on is not None:
-            also_on = _list(vm, "also_on", where)
+
+    def __init__(self, source, terminal_states, known_hosts):
+        self._known = None if known_hosts is None else set(known_hosts)
+        self._ends = {state.lower() for state in terminal_states}
+        self._has_ended, self._places = {None: False}, {None: ""}
+        self._where = _Place(source, "vms")
+
+    def rows(self, entries):
+        """Yield ``(how many VMs, [place], [vm_id])``, page by page.
+
+        The lists are as long as the VMs have places: a host, "" for everywhere, None for a VM that has ended.
+        """
+        number = 0
+        for page in _pages(entries):
+            columns = page if isinstance(page, Columns) else _columns(page)
+            listed = len(page.vm_id if isinstance(page, Columns) else page)
+            places = None if columns is None else self._plain(columns)
+            if places is not None:
+                yield listed, places, columns.vm_id
+            else:
+                if isinstance(page, Columns):
+                    page = [dict(zip(Columns._fields, values, strict=True)) for values in zip(*page, strict=True)]
+                rows = [row for self._where.number, vm in enumerate(page, number) for row in self._vm(vm)]
+                yield listed, [place for place, _vm_id in rows], [vm_id for _place, vm_id in rows]
+            number += listed
+
+    def _plain(self, columns):
+        """Return the places of a page of VMs with nothing special about them, None for another one."""
+        vm_ids, hosts, states, also_on = columns
+        if also_on.count(None) < len(also_on) or not _are_vm_ids(vm_ids):
+            return None
+        try:
+            here, found = set(hosts), set(states)
+            for values, known, judge in ((here, self._places, self._place), (found, self._has_ended, self._ended)):
+                known.update({value: judge(value) for value in values - known.keys()})
+        except (ManifestError, TypeError):
+            return None  # of which VM, and whether it matters there, is seen when each is looked at
+        places = [place or "" for place in hosts] if None in here else hosts
+        if any(self._has_ended[state] for state in found):
+            places = [None if self._has_ended[state] else place for place, state in zip(places, states, strict=True)]
+        return places
+
+    def _ended(self, state):
+        return _text(state, self._where, ".state").lower() in self._ends
+
+    def _vm(self, vm):
+        """Return the rows of one VM."""
+        vm_id, state = _vm_id(vm, self._where), vm.get("state")
+        if state is not None and self._ended(state):
+            return [(None, vm_id)]
+        host, also_on = vm.get("host"), _list(vm, "also_on", self._where)
         if host is None:
-            yield vm_id, []
-        elif also_on:
-            yield vm_id, [_host(one, vm_id, known, where) for one in [host] + also_on]
-        else:
-            if not isinstance(host, str) or host not in alone_on:
-                alone_on[host] = [_host(host, vm_id, known, where)]
-            yield vm_id, alone_on[host]
+            return [("", vm_id)]
+        return [(self._place(one, vm_id), vm_id) for one in [host, *also_on]]
+
+    def _place(self, name, vm_id=None):
+        if self._known is not None and _text(name, self._where, ".host") not in self._known:
+            raise ManifestError(
+                "unknown_host",
+                "%s: the VM %s is on host %r, which is not in the manifest's hosts; a host that goes by two names "
+                "would look empty" % (self._where.source, vm_id, name),
+            )
+        return _text(name, self._where, ".host")
 
 
-def _host(name, vm_id, known, where):
-    if known is not None and _text(name, where, ".host") not in known:
-        raise ManifestError(
-            "unknown_host",
-            "%s: the VM %s is on host %r, which is not in the manifest's hosts; a host that goes by two names "
-            "would look empty" % (where.source, vm_id, name),
-        )
-    return _text(name, where, ".host")
+def _pages(entries):
+    """Yield COLUMNS as they come, and lists of what comes one by one."""
+    some = []
+    for entry in entries:
+        if isinstance(entry, Columns):
+            yield entry
+            continue
+        some.append(entry)
+        if len(some) == PAGE:
+            yield some
+            some = []
+    yield some
+
+
+def _columns(vms):
+    """Return COLUMNS of a list of VMs, None where one is no mapping."""
+    if set(map(type, vms)) != {dict}:
+        return None
+    return Columns(*([vm.get(key) for vm in vms] for key in Columns._fields))
+
+
+def _are_vm_ids(values):
+    try:
+        text = "\n".join(values)
+    except TypeError:
+        return False
+    return bool(VM_IDS.fullmatch(text)) and text.count("\n") == len(values) - 1
 
 
 def _tombstones(document, source, now):

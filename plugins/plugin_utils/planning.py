@@ -48,8 +48,7 @@ def orphans(facts, live):
 
 
 def _ids(document):
-    checked = manifests.check(document, _name(document), now=manifests.now(), max_age=float("inf"))
-    return {vm_id for vm_id, _hosts in checked["vms"]}
+    return set(manifests.check(document, _name(document), now=manifests.now(), max_age=float("inf"))["vms"])
 
 
 def _name(document):

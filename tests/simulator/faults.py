@@ -337,7 +337,7 @@ def a_tombstone_beats_life(patch):
     def morbid(manifests):
         joined = real(manifests)
         dead = {vm_id for one in manifests for vm_id in one["tombstones"]}
-        return dict(joined, vms=[vm for vm in joined["vms"] if vm[0] not in dead])
+        return dict(joined, vms={vm_id: hosts for vm_id, hosts in joined["vms"].items() if vm_id not in dead})
 
     patch.setattr(manifest, "union", morbid)
 

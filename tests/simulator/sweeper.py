@@ -386,17 +386,16 @@ def fetch(answers, wall):
 def share(lists, host, ids):
     """What manifest.handle() and manifest.share() do together, without a file (a test compares them)."""
     live, elsewhere = set(), {}
-    for vm_id, where in lists["vms"]:
-        if vm_id not in ids:
-            continue
+    for vm_id in ids & lists["vms"].keys():
+        where = lists["vms"][vm_id]
         if not where or host in where or lists["hosts"] is None:
             live.add(vm_id)
         else:
-            elsewhere.setdefault(vm_id, set()).update(where)
+            elsewhere[vm_id] = where
     return dict(
         {key: value for key, value in lists.items() if key not in ("vms", "hosts")},
         live=sorted(live),
-        elsewhere={vm_id: sorted(elsewhere[vm_id]) for vm_id in sorted(elsewhere) if vm_id not in live},
+        elsewhere={vm_id: elsewhere[vm_id] for vm_id in sorted(elsewhere)},
         tombstones={vm_id: since for vm_id, since in lists["tombstones"].items() if vm_id in ids},
         host_known=lists["hosts"] is None or host in lists["hosts"],
     )

@@ -6,7 +6,7 @@ import copy
 
 from ansible_collections.microvm.reaper.plugins.module_utils import ledger as ledgers
 from ansible_collections.microvm.reaper.plugins.module_utils import resource as r
-from ansible_collections.microvm.reaper.plugins.plugin_utils import planner
+from ansible_collections.microvm.reaper.plugins.plugin_utils import manifest, planner
 
 REALM, HOST, MACHINE, BOOT = "prod", "h1", "m1", "boot-1"
 # The traits of the real kinds (test_planner.py compares them), as data: no test of a decision needs the kinds.
@@ -24,6 +24,18 @@ def thing(kind, vm_id, *, name=None, identity=None, age=1000.0, **others):
     """Return a resource; its name is ``<vm_id>.<kind>`` unless given."""
     name = name or "%s.%s" % (vm_id, kind)
     return r.resource(kind, name, vm_id, identity or "id of %s" % name, age_seconds=age, **others)
+
+
+def vms_of(entries):
+    """Yield the VMs of a document one by one, whether they come so or in COLUMNS."""
+    try:
+        for entry in entries:
+            if isinstance(entry, manifest.Columns):
+                yield from (dict(zip(entry._fields, vm, strict=True)) for vm in zip(*entry, strict=True))
+            else:
+                yield entry
+    finally:
+        entries.close()
 
 
 def policy(**changes):

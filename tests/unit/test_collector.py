@@ -61,11 +61,81 @@ def documents(draw):
     return dict(document(), vms=vms, count=len(vms), epoch=draw(st.sampled_from([None, 4])), **changes)
 
 
+def in_columns(document):
+    """Return the document with its VMs in COLUMNS, two at a time."""
+    vms = document["vms"]
+    pages = [vms[begin:begin + 2] for begin in range(0, len(vms), 2)]
+    columns = [manifest.Columns(*([vm.get(key) for vm in page] for key in manifest.Columns._fields)) for page in pages]
+    return dict(document, vms=columns)
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.lists(documents(), min_size=1, max_size=3))
 def test_one_at_a_time_is_the_same_as_all_at_once(tmp_path_factory, several):
     place = tmp_path_factory.getbasetemp()
-    assert shares(collected(place, *several)) == shares(in_memory(place, *several))
+    expected = shares(in_memory(place, *several))
+    assert shares(collected(place, *several)) == expected
+    assert shares(collected(place, *map(in_columns, several))) == expected
+
+
+# What one VM of many may look like, the hostile among them.
+ODD = st.one_of(
+    VMS,
+    st.sampled_from([{"vm_id": "v1", "host": ""}, {"vm_id": "v1", "also_on": ()}, {"vm_id": "v1", "also_on": 0}]),
+    st.fixed_dictionaries({
+        "vm_id": st.sampled_from(["v1", "v2\n", "v\nv", "", "\n", "x" * 129, None, 7, "ü"]),
+        "host": st.sampled_from(["h1", "h9", "h\n", None, 3, [], {}]),
+        "state": st.sampled_from(["running", "destroyed", "\0", True, [], None]),
+        "also_on": st.sampled_from([None, [], ["h1"], ["h9"], [None], "h1", {}, False]),
+    }),
+    st.sampled_from([None, "v1", [], {}]),
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(ODD, min_size=1, max_size=5), st.sampled_from([None, HOSTS]))
+def test_a_page_is_judged_as_its_vms_are(vms, hosts):
+    """What is looked at as a whole is what each VM alone would be; what is wrong is named by its own place."""
+    try:
+        alone = [manifest.check(dict(document(), vms=[vm], hosts=hosts), "s", now=NOW, max_age=600) for vm in vms]
+    except manifest.ManifestError as err:
+        number = next(number for number, vm in enumerate(vms) if is_refused(vm, hosts))
+        with pytest.raises(manifest.ManifestError) as caught:
+            manifest.check(dict(document(), vms=vms, hosts=hosts), "s", now=NOW, max_age=600)
+        assert str(caught.value) == str(err).replace("vms[0]", "vms[%d]" % number)
+        assert caught.value.code == err.code
+    else:
+        together = manifest.check(dict(document(), vms=vms, hosts=hosts), "s", now=NOW, max_age=600)
+        joined = manifest.union(alone)
+        assert (together["vms"], together["tombstones"]) == (joined["vms"], joined["tombstones"])
+
+
+def is_refused(vm, hosts):
+    try:
+        manifest.check(dict(document(), vms=[vm], hosts=hosts), "s", now=NOW, max_age=600)
+    except manifest.ManifestError:
+        return True
+    return False
+
+
+def test_what_is_wrong_on_a_later_page_is_named_by_its_place_on_the_list(tmp_path):
+    vms = [{"vm_id": "v%d" % number, "host": "h1"} for number in range(2 * manifest.PAGE + 5)]
+    vms[-2]["vm_id"] = "../x"
+    place = "vms\\[%d\\]: '../x'" % (len(vms) - 2)
+    with pytest.raises(manifest.ManifestError, match=place):
+        collected(tmp_path, dict(document(), vms=vms))
+    with pytest.raises(manifest.ManifestError, match=place):
+        collected(tmp_path, in_columns(dict(document(), vms=vms)))
+
+
+@pytest.mark.parametrize("count", [manifest.ROWS - 1, manifest.ROWS, manifest.ROWS + 1, manifest.PAGE + 1])
+def test_of_many_rows_none_is_lost(tmp_path, count):
+    vms = [{"vm_id": "v%d" % number, "host": "h%d" % (number % 3)} for number in range(count)]
+    handle = collected(tmp_path, dict(document(), vms=vms))
+    assert handle["count"] == count
+    found = manifest.share(handle, "h1", {vm["vm_id"] for vm in vms} | {"w1"})
+    assert set(found["live"]) | set(found["elsewhere"]) == {vm["vm_id"] for vm in vms}
+    assert found["elsewhere"] == {} or found["elsewhere"].keys().isdisjoint(found["live"])
 
 
 @pytest.mark.parametrize(

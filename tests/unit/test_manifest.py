@@ -39,7 +39,7 @@ def test_the_shape_of_what_is_believed():
         "proven": True,
         "unproven": None,
         "hosts": ["h1", "h2"],
-        "vms": [("v1", ["h1"])],
+        "vms": {"v1": ["h1"]},
         "tombstones": {"v9": 30.0},
     }
 
@@ -132,16 +132,16 @@ def vm(**changes):
     ],
 )
 def test_row_10_any_state_that_is_not_terminal_protects_on_every_host_named(entry, hosts):
-    assert check(document(vms=()) | {"vms": [entry]})["vms"] == [("v1", hosts)]
+    assert check(document(vms=()) | {"vms": [entry]})["vms"] == {"v1": hosts}
 
 
 @pytest.mark.parametrize("state", ["destroyed", "Destroyed", "deleted", "saga_unwound", "terminated"])
 def test_terminal_states_are_tombstones(state):
     found = check(document(vms=()) | {"vms": [vm(state=state)], "count": 1})
-    assert (found["vms"], found["tombstones"], found["count"]) == ([], {"v1": None}, 0)
+    assert (found["vms"], found["tombstones"], found["count"]) == ({}, {"v1": None}, 0)
     found = check(document(vms=()) | {"vms": [vm(state=state), vm(host="h2")]})
-    assert (found["vms"], found["tombstones"]) == ([("v1", ["h2"])], {})
-    assert check(document(vms=()) | {"vms": [vm(state=state)]}, terminal_states=["gone"])["vms"] == [("v1", ["h1"])]
+    assert (found["vms"], found["tombstones"]) == ({"v1": ["h2"]}, {})
+    assert check(document(vms=()) | {"vms": [vm(state=state)]}, terminal_states=["gone"])["vms"] == {"v1": ["h1"]}
 
 
 def test_the_latest_end_counts():
@@ -157,7 +157,7 @@ def test_the_latest_end_counts():
 
 def test_vms_of_the_same_host():
     listed = [("v1", "h1"), ("v2", "h2"), ("v3", "h1")]
-    assert check(document(listed))["vms"] == [("v1", ["h1"]), ("v2", ["h2"]), ("v3", ["h1"])]
+    assert check(document(listed))["vms"] == {"v1": ["h1"], "v2": ["h2"], "v3": ["h1"]}
 
 
 def test_row_05_a_host_that_is_not_in_the_hosts():

@@ -2,17 +2,16 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 """A list of VMs that an API hands out in pages: its fields, its pages, and the proof that it was all.
 
-A list of any length is read in the memory of one page and 8 bytes for each VM. What came is handed on at once; whether
-it was complete is known at the end: because a count agrees, or because the whole list was read twice and was the same.
+A list of any length is read in the memory of two pages and 8 bytes for each VM, at its end for a moment 80. What came
+is handed on at once; whether it was complete is known at the end: because a count agrees, or because the whole list was
+read twice and was the same.
 """
 
 from __future__ import annotations
 
 import array
 import collections
-import contextlib
 import datetime
-import gc
 import itertools
 import json
 import math
@@ -20,7 +19,7 @@ import re
 import tempfile
 import urllib.parse
 
-from ..manifest import FUTURE_SECONDS, ManifestError
+from ..manifest import FUTURE_SECONDS, Columns, ManifestError
 from . import _paths, _web
 
 # The types that a field may have.
@@ -40,7 +39,8 @@ READS = 4
 CLOCKS = 5
 
 # columns: a list for each of FIELDS, with other hosts as a tuple or None; None where the server said that nothing
-# changed since a read before. size, total: how many VMs, and the sum of their hashes. following: the next URL or None.
+# changed since a read before. size: how many VMs; total: the sum of their hashes, None where a count is expected to be
+# proof enough. following: the next URL or None.
 Page = collections.namedtuple("Page", "url etag said size total following columns")
 LINK = re.compile(r'<([^<>]*)>((?:[^,"]|"(?:[^"\\]|\\.)*")*)')
 RELATION = re.compile(r';\s*rel\s*=\s*(?:"([^"]*)"|([^\s;,"]+))', re.IGNORECASE)
@@ -81,6 +81,7 @@ class Listing:
         self._epoch = self._generated_at = self._newest = None
         # The fields that any VM has.
         self._found = set()
+        self._is_summed = False
 
     def document(self):
         """Return the DOCUMENT (see manifest.py), whose ``vms`` reads on after the first page."""
@@ -110,14 +111,9 @@ class Listing:
                 if checked:
                     continue
                 tombstones.add_all(self._tombstones(page))
-                # A VM with a state is judged by it: what was destroyed may be an instance before this one.
-                vms = [
-                    {"vm_id": vm_id, "host": host, "state": state, "also_on": also_on and list(also_on)}
-                    for vm_id, host, state, also_on, destroyed_at in zip(*page.columns, strict=True)
-                    if destroyed_at is None or state is not None
-                ]
-                only_tombstones += page.size - len(vms)
-                yield from vms
+                vms = _vms_of(page)
+                only_tombstones += page.size - len(vms.vm_id)
+                yield vms
             reads_given += read.was_given
             self._check_read(read)
             ended, why = self._judge(read, last)
@@ -143,6 +139,7 @@ class Listing:
             return True, None
         if proof == "count":
             return True, "there is no count on its last page"
+        self._is_summed = True
         if last is None or not read.same_as(last):
             return False, "two reads of it differ"
         return True, self._no_end(read)
@@ -155,8 +152,15 @@ class Listing:
         """
         if self._options["proof"] == "reread" or not read.is_counted:
             return False
-        moves = self._options["paging"] in ("page", "offset") and not read.has_epochs
-        return self._options["proof"] == "count" or not moves
+        return self._options["proof"] == "count" or read.has_epochs or not self._moves()
+
+    def _has_to_compare(self, said):
+        """Tell, of the first page, whether it may take two reads that are the same to prove the list."""
+        proof = self._options["proof"]
+        return proof == "reread" or proof == "auto" and (said["count"] is None or self._moves())
+
+    def _moves(self):
+        return self._options["paging"] in ("page", "offset")
 
     def _no_end(self, read):
         """Return why two equal reads prove nothing, or None: where ``next`` is wrong there is never a second page."""
@@ -170,25 +174,28 @@ class Listing:
         """Yield the pages of one read, the first of which may be at hand. ``known``: ``{url: Page}`` of one before."""
         url, seen, before = self._first_url(), set(), None
         for number in itertools.count(1):
-            with _nothing_thrown_away():
-                page = first or self._page(url, known.get(url))
+            page = first or self._page(url, known.get(url))
             first = None
-            if page.size and (page.size, page.total) == before:
+            if page.columns and page.size and page.columns == before:
                 raise _refusal("incomplete", url, "page %d is the same as the one before it; does the API know the "
                                                   "parameter that asks for a page?" % number)
+            following = page.following
+            if following is not None:
+                seen.add(hash(url))
+                if hash(following) in seen:
+                    text = "its pages go round in a circle: page %d points back" % number
+                    raise _refusal("incomplete", url, text)
+                if number == self._options["max_pages"]:
+                    raise _refusal("incomplete", url, "there are more pages than max_pages=%d" % number)
+                self._client.ask_ahead(following, _etag(known.get(following)))
             yield page
-            if page.following is None:
+            if following is None:
                 return
-            seen.add(hash(url))
-            if hash(page.following) in seen:
-                raise _refusal("incomplete", url, "its pages go round in a circle: page %d points back" % number)
-            if number == self._options["max_pages"]:
-                raise _refusal("incomplete", url, "there are more pages than max_pages=%d" % number)
-            url, before = page.following, (page.size, page.total)
+            url, before = following, page.columns
 
     def _page(self, url, known):
         """Ask for one page. ``known``: what it was in a read before, if it had an ETag."""
-        answer = self._client.get(url, etag=known.etag if known else None)
+        answer = self._client.get(url, etag=_etag(known))
         if answer.status == 304:
             return known
         (items,) = self._paths.items([answer.body])
@@ -197,7 +204,8 @@ class Listing:
             raise _refusal("not_a_manifest", url, text)
         said = self._said(answer, url)
         columns = [self._field(name, items, url) for name in FIELDS]
-        total = sum(map(hash, zip(*columns, strict=True)))
+        self._is_summed = self._is_summed or self._has_to_compare(said)
+        total = sum(map(hash, zip(*columns, strict=True))) if self._is_summed else None
         following = self._following(url, answer, len(items))
         return Page(url, answer.headers.get("ETag"), said, len(items), total, following, columns)
 
@@ -328,8 +336,11 @@ class Listing:
         listed = page.said.get("tombstones") or []
         if not isinstance(listed, list):
             raise _refusal("not_a_manifest", page.url, "about.tombstones must be a list, and is %s" % _kind(listed))
-        ends = zip(page.columns[0], page.columns[4], strict=True)
-        return listed + [{"vm_id": vm_id, "destroyed_at": end} for vm_id, end in ends if end is not None]
+        vm_ids, ends = page.columns[0], page.columns[4]
+        if ends.count(None) == len(ends):
+            return listed
+        both = zip(vm_ids, ends, strict=True)
+        return listed + [{"vm_id": vm_id, "destroyed_at": end} for vm_id, end in both if end is not None]
 
     def _check_read(self, read):
         """Refuse a read that is wrong in a way that no further one makes good."""
@@ -382,14 +393,23 @@ class Listing:
         return state is not None and state.lower() in ends
 
 
+def _vms_of(page):
+    """Return COLUMNS of the VMs of a page, without those that are nothing but tombstones."""
+    *columns, ends = page.columns
+    if ends.count(None) < len(ends):
+        # A VM with a state is judged by it: what was destroyed may be an instance before this one.
+        stays = [end is None or state is not None for end, state in zip(ends, columns[2], strict=True)]
+        columns = [list(itertools.compress(values, stays)) for values in columns]
+    if any(columns[3]):
+        columns[3] = [others and list(others) for others in columns[3]]
+    return Columns(*columns)
+
+
 class _Read:
     """One read of the whole list, summed up.
 
     ``moved``: why its pages do not belong together; ``known``: ``{url: Page}`` without columns, of those with an ETag.
     """
-
-    # Doubles are looked for in one part after the other, so that the set that finds them is small.
-    PARTS = 64
 
     def __init__(self, was_given):
         self.was_given = was_given
@@ -397,9 +417,9 @@ class _Read:
         self.count = self.moved = None
         self.is_counted = self.has_epochs = False
         self.known = {}
-        self._total = 0
+        self._total: int | None = 0
         self._first = None
-        self._hashes = [array.array("q") for _part in range(self.PARTS)]
+        self._hashes = array.array("q")
 
     def add(self, page):
         """Take the next page."""
@@ -408,7 +428,7 @@ class _Read:
             self._first, self.count, self.has_epochs = said, said["count"], True
         self.pages += 1
         self.listed += page.size
-        self._total += page.total
+        self._total = None if page.total is None or self._total is None else self._total + page.total
         self.is_counted = self.count is not None and said["count"] is not None
         self.has_epochs = self.has_epochs and said.get("epoch") is not None
         for name in ("count", "epoch", "hosts"):
@@ -419,19 +439,19 @@ class _Read:
         if page.etag is not None:
             self.known[page.url] = page._replace(columns=None)
         # A read that only checks another one is equal to it or thrown away.
-        for one in map(hash, zip(*page.columns[:2], strict=True)) if self.was_given else ():
-            self._hashes[one % self.PARTS].append(one)
+        if self.was_given:
+            self._hashes.extend(map(hash, zip(*page.columns[:2], strict=True)))
 
     def finish(self):
         """Look for what is there twice; return why its pages do not belong together, None if they do."""
-        twice = sum(len(part) - len(set(part)) for part in self._hashes)
+        twice = len(self._hashes) - len(set(self._hashes))
         if twice and not self.moved:
             self.moved = "%d entries came twice, as when pages move while they are read" % twice
         return self.moved
 
     def same_as(self, other):
         """Tell whether both had the same VMs with the same fields, in any order."""
-        return (self.listed, self._total) == (other.listed, other._total)
+        return self._total is not None and (self.listed, self._total) == (other.listed, other._total)
 
 
 class _Spool:
@@ -449,16 +469,8 @@ class _Spool:
             yield json.loads(line)
 
 
-@contextlib.contextmanager
-def _nothing_thrown_away():
-    """What a page is made of all stays until it is handed on: looking through it for garbage finds none."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+def _etag(known):
+    return known.etag if known else None
 
 
 def next_link(header):

@@ -14,8 +14,10 @@ import concurrent.futures
 import datetime
 import email.utils
 import http.client
+import itertools
 import json
 import logging
+import queue
 import random
 import re
 import socket
@@ -23,6 +25,7 @@ import ssl
 import threading
 import time
 import urllib.parse
+import weakref
 import zlib
 
 try:
@@ -74,6 +77,9 @@ class Client:
             both = base64.b64encode(("%s:%s" % (options["username"], password)).encode()).decode()
             self._secrets += [password, both]
             headers["Authorization"] = "Basic " + both
+        self._begun, self._queue = {}, queue.SimpleQueue()
+        threading.Thread(target=_work, args=(self._queue,), daemon=True).start()
+        weakref.finalize(self, self._queue.put, None)
         self._session = requests.Session()
         # Neither a netrc, which would replace the credentials, nor proxies of an environment that nobody looks at.
         self._session.trust_env = False
@@ -119,20 +125,31 @@ class Client:
         deadline of their own.
         """
         if self._left() > 0:
-            done = concurrent.futures.Future()
-
-            def work():
-                try:
-                    done.set_result(self._exchange(url, etag))
-                except BaseException as err:
-                    done.set_exception(err)
-
-            threading.Thread(target=work, daemon=True).start()
+            done = self._begun.pop((url, etag), None) or self._begin(url, etag)
             concurrent.futures.wait([done], timeout=self._left())
             if done.done():
                 outcome = done.result()
                 return outcome if isinstance(outcome, Problem) else self._judge(outcome, etag, may_be_gone)
+        self._queue.put(None)  # the deadline is that of all that is asked: nothing more will be
         return self._late()
+
+    def ask_ahead(self, url, etag):
+        """Ask already for what get() will be asked for next, while the caller still has other work."""
+        if self._left() > 0:
+            self._begun = {(url, etag): self._begin(url, etag)}
+
+    def _begin(self, url, etag):
+        """Ask in the thread; return the Future of what comes."""
+        done = concurrent.futures.Future()
+
+        def work():
+            try:
+                done.set_result(self._exchange(url, etag))
+            except BaseException as err:
+                done.set_exception(err)
+
+        self._queue.put(work)
+        return done
 
     def _late(self):
         return Problem("incomplete", "not all had come before the deadline of %g s; see deadline and limit"
@@ -232,7 +249,7 @@ class Client:
         if charset not in ("utf-8", "utf8"):
             return Problem("unreadable", "its JSON is in %.40r; only UTF-8 is read" % charset)
         try:
-            return Answer(status, headers, _DECODER.decode(body.decode("utf-8")))
+            return Answer(status, headers, _decoded(body.decode("utf-8")))
         except UnicodeDecodeError as err:
             problem = "its JSON is not UTF-8 from byte %d on" % err.start
         except RecursionError:
@@ -257,6 +274,16 @@ class Client:
             for form in (secret, urllib.parse.quote(secret, safe=""), json.dumps(secret)[1:-1]):
                 text = text.replace(form, "***")
         return text
+
+
+def _work(tasks):
+    """Do what comes out of the queue, until None does. One thread for all: a new one for each page costs a third."""
+    while True:
+        task = tasks.get()
+        if task is None:
+            return
+        task()
+        del task  # it refers to the client, with whose end this ends
 
 
 def shown(url):
@@ -351,6 +378,34 @@ def _printable(text):
     return "".join(one if one.isprintable() else " " for one in text)
 
 
+def _decoded(text):
+    """Return what JSON means; raises ValueError, also for an object that has a key twice."""
+    found = _QUICK.decode(text)
+    # Where no quote is escaped and no colon stands apart, each key ends in a quote and a colon, and nearly nothing else
+    # does: as many keys as such ends, and none is there twice. Otherwise one looks at each object, in thrice the time.
+    ends = text.count('":')
+    is_odd = "\\" in text or (ends < text.count(":") and any(odd in text for odd in (" :", "\t:", "\n:", "\r:")))
+    if is_odd or ends != _keys(found):
+        found = _CAREFUL.decode(text)
+    return found
+
+
+def _keys(found):
+    """Return how many keys the objects have that are in ``found``, at any depth."""
+    keys, level = 0, [found]
+    while level:
+        kinds: list = list(map(type, level))
+        # By functions in C alone: most of what is here are millions of texts.
+        objects = list(itertools.compress(level, map(_IS_OBJECT.get, kinds)))
+        lists = itertools.compress(level, map(_IS_LIST.get, kinds)) if list in set(kinds) else ()
+        keys += sum(map(len, objects))
+        level = list(itertools.chain.from_iterable(itertools.chain(map(dict.values, objects), lists)))
+    return keys
+
+
+_IS_OBJECT, _IS_LIST = {dict: True}, {list: True}
+
+
 def _mapping(pairs):
     mapping = dict(pairs)
     if len(mapping) == len(pairs):
@@ -363,4 +418,5 @@ def _no_number(text):
     raise ValueError("%s is no number in JSON" % text)
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_mapping, parse_constant=_no_number)
+_QUICK = json.JSONDecoder(parse_constant=_no_number)
+_CAREFUL = json.JSONDecoder(object_pairs_hook=_mapping, parse_constant=_no_number)

@@ -9,7 +9,6 @@ may end at any line; only ``count`` or ``sha256`` in the first line prove that i
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import os
 
@@ -42,8 +41,7 @@ def fetch(options, context):
             raise ManifestError("unreadable", "%s is larger than %d bytes" % (describe(options), MAX_BYTES))
         text = data.decode("utf-8")
         if text.lstrip().startswith("{"):
-            with _nothing_thrown_away():
-                return json.loads(text)
+            return json.loads(text)
         return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
@@ -83,15 +81,3 @@ def _readable(options):
     except (ValueError, LookupError, AttributeError, TypeError, yaml.YAMLError, RecursionError) as err:
         problem = " ".join(str(err).split())
         raise ManifestError("unreadable", "%s is no YAML or JSON: %s" % (describe(options), problem)) from err
-
-
-@contextlib.contextmanager
-def _nothing_thrown_away():
-    """A million records that all stay are no garbage: looking through them again and again takes half of the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

@@ -17,8 +17,10 @@ The query may return these columns; others are ignored:
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import decimal
+import itertools
 import json
 import os
 import socket
@@ -27,7 +29,7 @@ import time
 import uuid
 from typing import Any
 
-from ..manifest import TERMINAL_STATES, ManifestError, add_place
+from ..manifest import TERMINAL_STATES, Columns, ManifestError, add_place
 
 OPTIONS = {
     "dsn": {"type": "str", "no_log": True},
@@ -59,7 +61,7 @@ OPTIONS = {
 CONNECTION = ("host", "port", "dbname", "user", "password", "sslmode", "sslrootcert", "sslcert", "sslkey")
 FILES = ("sslrootcert", "sslcert", "sslkey")
 SECRET = ("password", "sslpassword")
-PAGE = 5000  # rows; larger ones are not faster
+PAGE = 2000  # rows; larger ones are slower
 BACKOFF = 0.5  # seconds before the first retry, then twice as long each time
 
 # What is asked before the transaction, so that it is never later than the snapshot: the clock, whether it is a replica,
@@ -191,9 +193,9 @@ def still_listed(options, context, vm_ids):
     session.close()
     found = {}
     with session.explained():
-        for vm in session.vms(rows, []):
-            if vm["state"] is None or vm["state"].lower() not in terminal_states:
-                add_place(found, vm["vm_id"], [] if vm["host"] is None else [vm["host"], *vm["also_on"]])
+        for vm_id, host, state, also_on in zip(*session.vms(rows, []), strict=True):
+            if state is None or state.lower() not in terminal_states:
+                add_place(found, vm_id, [] if host is None else sorted({host, *(also_on or ())}))
     return found
 
 
@@ -212,11 +214,11 @@ def _rows(options, context, document):
         return count, session.cursor("SELECT %s" % session.selected(columns))
 
     session, (count, pages) = _asked(options, context, ask)
-    with contextlib.closing(session), session.explained():
+    with contextlib.closing(session), contextlib.closing(pages), session.explained():
         yield None
         ended, session.delivered = [], 0
         for page in pages:
-            yield from session.vms(page, ended)
+            yield session.vms(page, ended)
             session.delivered += len(page)
         if session.delivered != count:
             raise ManifestError(
@@ -266,7 +268,7 @@ class _Session:
         self._options, self._context, self._deadline = options, context, deadline
         self._parameters = _parameters(options, context["directory"])
         self._connection: Any = None
-        self._timer: _Cutter | None = None
+        self._timer: Any = None
         self._subject = ""
         self.name = _name(self._parameters)
         self.delivered = None
@@ -394,16 +396,20 @@ class _Session:
         return hosts
 
     def vms(self, rows, ended):
-        """Yield the VMs of rows; add ``(vm_id, seconds since 1970)`` to ``ended`` for those that were destroyed."""
-        for vm_id, host, state, also_on, destroyed_at in rows:
+        """Return COLUMNS of rows; add ``(vm_id, seconds since 1970)`` to ``ended`` for those that were destroyed."""
+        vm_ids, hosts, states, also_on, ends = map(list, zip(*rows, strict=True)) if rows else ([], [], [], [], [])
+        if set(ends) - {None}:
             # What is to be destroyed in the future lives.
-            if destroyed_at is not None and destroyed_at <= self._clock:
-                ended.append((vm_id, destroyed_at))
-                if state is None:
-                    self.ended_only += 1
-                    continue
-            others = self._others(vm_id, also_on) if also_on else []
-            yield {"vm_id": vm_id, "host": host, "state": state, "also_on": others}
+            over = [end is not None and end <= self._clock for end in ends]
+            ended += itertools.compress(zip(vm_ids, ends, strict=True), over)
+            stays = [not is_over or state is not None for is_over, state in zip(over, states, strict=True)]
+            self.ended_only += stays.count(False)
+            vm_ids, hosts, states, also_on = (
+                list(itertools.compress(one, stays)) for one in (vm_ids, hosts, states, also_on)
+            )
+        if any(also_on):
+            also_on = [self._others(*one) if one[1] else None for one in zip(vm_ids, also_on, strict=True)]
+        return Columns(vm_ids, hosts, states, also_on)
 
     def _others(self, vm_id, also_on):
         try:
@@ -421,7 +427,7 @@ class _Session:
         return [str(host) for host in hosts]
 
     def cursor(self, query):
-        """Return the pages of a query, of which the first has been fetched."""
+        """Return the pages of a query, of which the first has been fetched. Another comes while one is looked at."""
         self._subject = "its VMs (%s)" % self._label
         cursor = self._connection.cursor("vms")
         cursor.execute(query.encode())
@@ -429,9 +435,15 @@ class _Session:
 
         def pages():
             page = first
-            while page:
-                yield page
-                page = cursor.fetchmany(PAGE)
+            with concurrent.futures.ThreadPoolExecutor(1) as ahead:
+                while page:
+                    following = ahead.submit(cursor.fetchmany, PAGE)
+                    try:
+                        yield page
+                    except GeneratorExit:
+                        self._timer.cut()  # nobody wants what is on its way
+                        raise
+                    page = following.result()
             cursor.close()
 
         return pages()
@@ -512,11 +524,11 @@ class _Cutter:
     def __init__(self, descriptor, seconds):
         self._socket = socket.socket(fileno=os.dup(descriptor))
         self.has_cut = False
-        self._timer = threading.Timer(max(0, seconds), self._cut)
+        self._timer = threading.Timer(max(0, seconds), self.cut)
         self._timer.daemon = True
         self._timer.start()
 
-    def _cut(self):
+    def cut(self):
         self.has_cut = True
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
