@@ -37,6 +37,8 @@ ENV = {
     "REAPER_TEST_OWNER": str(os.getpid()),
     **({} if sys.stdout.isatty() else {"NO_COLOR": "1"}),
 }
+# Each of a dozen processes would rewrite the assertions of all tests again: half of their time.
+ENV.pop("PYTHONDONTWRITEBYTECODE", None)
 # A file system in memory: to make and remove 10,000 directories costs a disk most of a minute.
 MEMORY = Path("/dev/shm")
 # Each part of the suite: seconds until it is given up, and its commands.
