@@ -53,6 +53,7 @@ class Substitute(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def __init__(self, file: str, source: str) -> None:
         self.name = f"{PACKAGE}.{file.removesuffix('.py').replace('/', '.')}"
         self.path, self.source = str(ROOT / file), source
+        self.is_broken = False
 
     def find_spec(self, fullname: str, _path: object, _target: object = None) -> importlib.machinery.ModuleSpec | None:
         if fullname != self.name:
@@ -60,7 +61,11 @@ class Substitute(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.util.spec_from_file_location(fullname, self.path, loader=self)
 
     def exec_module(self, module: ModuleType) -> None:
-        exec(compile(self.source, self.path, "exec"), module.__dict__)
+        try:
+            exec(compile(self.source, self.path, "exec"), module.__dict__)
+        except Exception:
+            self.is_broken = True
+            raise
 
     def is_loaded(self) -> bool:
         module = sys.modules.get(self.name)
@@ -133,7 +138,9 @@ def run_tests(
     run.passed = code in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and not run.failed
     ours = ("ansible_collections", "tests", "unit")
     run.modules = sorted(name for name in set(sys.modules) - before if name.partition(".")[0] not in ours)
-    if run.passed and not substitute.is_loaded():
+    if substitute.is_broken:
+        run.passed, run.failed = False, "the import of the module"
+    elif run.passed and not substitute.is_loaded():
         run.problem = f"the tests do not import {substitute.name}"
     elif code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED):
         run.problem = f"pytest ended with {code!r}"
