@@ -178,13 +178,17 @@ def live_among(vm_ids, document, source, handle, *, now, max_age, terminal_state
         for place, vm_id in zip(places, here, strict=True):
             if vm_id in wanted and place is not None:
                 add_place(found, vm_id, _hosts_at(place))
-    closed, before = _closed(document, head, listed, lambda: ids), handle["epochs"].get(source)
-    epoch = closed["epoch"]
+    closed = _closed(document, head, listed, lambda: ids)
     if closed["unproven"]:
         raise ManifestError("unproven", "%s: %s" % (source, closed["unproven"]))
+    check_epoch(source, handle["epochs"].get(source), closed["epoch"])
+    return found
+
+
+def check_epoch(source, before, epoch):
+    """Refuse a source that was at the epoch ``before``, None if it told none, and is behind it now."""
     if before is not None and (epoch is None or epoch < before):
         raise ManifestError("epoch_went_back", "%s was at epoch %s and is at %s now" % (source, before, epoch))
-    return found
 
 
 def add_place(found, vm_id, hosts):

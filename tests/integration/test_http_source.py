@@ -924,10 +924,11 @@ def test_a_broken_secret_is_not_shown(tmp_path):
 # Looking up single VMs
 
 
-def looked_up(api, *vm_ids, **others):
-    options = checked(api.url, items="data", fields=FIELDS, about={}, realm="prod",
+def looked_up(api, *vm_ids, epoch=None, **others):
+    others = {"about": {}, **others}
+    options = checked(api.url, items="data", fields=FIELDS, realm="prod",
                       lookup_url=api.url + "/{vm_id}?full=1", **others)
-    return source.still_listed(options, context(), list(vm_ids))
+    return source.still_listed(options, context(), list(vm_ids), epoch)
 
 
 class Single:
@@ -947,6 +948,21 @@ def test_vms_are_looked_up(api):
         Single(api, vm(1), vm(2, state="Destroyed"), vm(3, state="odd"), vm(4, node=None), gone=gone)
         assert looked_up(api, "v1", "v2", "v3", "v4", "v5") == {"v1": ["h1"], "v3": ["h0"], "v4": []}
     assert looked_up(api) == {}
+
+
+def test_row_04_a_lookup_at_a_replica_that_lags_is_no_answer(api):
+    """It does not know the VM yet, as it does not know the epoch of the list that the VM was missing from."""
+    Single(api, vm(1))
+    api.said = {"epoch": 7}
+    plain = api.answer
+    api.answer = lambda request: plain(request) if request.path != "/v1/vms" else reply({"data": [vm(1)], **api.said})
+    for epoch in (None, 6, 7):
+        assert looked_up(api, "v1", "v2", epoch=epoch, about={"epoch": "epoch"}) == {"v1": ["h1"]}
+    with pytest.raises(manifest.ManifestError, match="was at epoch 8 and is at 7 now") as caught:
+        looked_up(api, "v1", "v2", epoch=8, about={"epoch": "epoch"})
+    assert caught.value.code == "epoch_went_back"
+    # What it finds alive is alive, whoever says so.
+    assert looked_up(api, "v1", epoch=8, about={"epoch": "epoch"}) == {"v1": ["h1"]}
 
 
 def test_the_id_is_quoted(api):
@@ -981,7 +997,7 @@ def test_what_is_no_answer_to_a_lookup(api, wire):
 
 
 def test_without_lookup_url_the_list_has_to_be_fetched(api):
-    assert source.still_listed(checked(api.url), context(), ["v1"]) is None
+    assert source.still_listed(checked(api.url), context(), ["v1"], None) is None
 
 
 # TLS, by a server that people use

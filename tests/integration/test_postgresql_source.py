@@ -85,8 +85,8 @@ class Asker:
         handle = sources.fetch([wanted], context(), str(path), max_age=600)
         return lambda *ids, host="h1": manifest.share(handle, host, set(ids))
 
-    def still(self, *ids, **others):
-        return source.still_listed(self.checked(**others), context(), set(ids))
+    def still(self, *ids, epoch=None, **others):
+        return source.still_listed(self.checked(**others), context(), set(ids), epoch)
 
     def sql(self, statement, parameters=None):
         return self.server.sql(statement, parameters, dbname=self.dbname)
@@ -383,6 +383,14 @@ def test_row_04_a_replica(ask):
         assert code == "stale" and "its last change is behind" in said
         with pytest.raises(manifest.ManifestError, match="is a replica"):
             ask.still("v1", **here, max_replica_lag=1)
+
+
+def test_row_04_who_is_behind_the_list_is_not_asked_once_more(ask):
+    epoch = ask.whole()["epoch"]
+    assert set(ask.still("v1", "v9", epoch=epoch)) == {"v1"}
+    with pytest.raises(manifest.ManifestError, match="was at epoch %d and is at" % (epoch + 10**6)) as caught:
+        ask.still("v1", epoch=epoch + 10**6)
+    assert caught.value.code == "epoch_went_back"
 
 
 def test_row_04_a_replica_that_replayed_nothing_since_it_started(ask):

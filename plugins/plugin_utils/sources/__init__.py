@@ -10,8 +10,9 @@
 and, where it can do better than without,
 
 ``configured(options)``      checks before any host is touched what the spec cannot say; raises ManifestError
-``still_listed(options, context, vm_ids)``  -> ``{vm_id: [host]}`` of those ids that are live now, asking for no others;
-                             None where the options do not say how
+``still_listed(options, context, vm_ids, epoch)``  -> ``{vm_id: [host]}`` of those ids that are live now, asking for no
+                             others; None where the options do not say how. ``epoch`` is that of the list they are
+                             missing from, or None: what is behind it is no answer
 
 A source with ``ON_HOST`` true is no list and has no fetch(): vm_resource_facts reads it on each host, see
 module_utils/all_supervisors.py.
@@ -94,7 +95,9 @@ def still_listed(sources, context, vm_ids, handle, *, max_age):
         if name not in handle["answered"]:
             continue
         how = {"now": context["now"], "max_age": max_age, "terminal_states": context["terminal_states"]}
-        listed = module.still_listed(options, context, vm_ids) if hasattr(module, "still_listed") else None
+        listed = None
+        if hasattr(module, "still_listed"):
+            listed = module.still_listed(options, context, vm_ids, handle["epochs"].get(name))
         if listed is None:
             with _nothing_thrown_away(), _ended(module.fetch(options, context)) as document:
                 listed = live_among(vm_ids, document, name, handle, **how)

@@ -19,7 +19,7 @@ import re
 import tempfile
 import urllib.parse
 
-from ..manifest import FUTURE_SECONDS, Columns, ManifestError
+from ..manifest import FUTURE_SECONDS, Columns, ManifestError, check_epoch
 from . import _paths, _web
 
 # The types that a field may have.
@@ -355,11 +355,14 @@ class Listing:
             text = "its count is %d, but %d VMs were listed on %d pages; see paging, next, limit and items"
             raise _refusal("incomplete", self._options["url"], text % (read.count, read.listed, read.pages))
 
-    def look_up(self, vm_ids):
-        """Return ``{vm_id: [host]}`` of those that live, no host for everywhere."""
+    def look_up(self, vm_ids, epoch):
+        """Return ``{vm_id: [host]}`` of those that live, no host for everywhere.
+
+        ``epoch``: of the list that they were missing from; a server that is behind it, a replica that lags, is refused.
+        """
         found = {vm_id: self._look_up(vm_id) for vm_id in sorted(vm_ids)}
         if None in found.values():
-            self._prove_lookup()
+            self._prove_lookup(epoch)
         return {vm_id: hosts for vm_id, hosts in found.items() if hosts is not None}
 
     def _look_up(self, vm_id):
@@ -376,9 +379,10 @@ class Listing:
             return None
         return [fields["host"], *(fields["also_on"] or ())] if fields["host"] is not None else []
 
-    def _prove_lookup(self):
+    def _prove_lookup(self, epoch):
         """Make sure that lookup_url finds what lives, for at a wrong URL nothing does. The list has VMs to try."""
         page = self._page(self._first_url(), None)
+        check_epoch("GET %s" % _web.shown(page.url), epoch, self._epoch)
         vms = zip(*page.columns, strict=True)
         live = [vm_id for vm_id, _host, state, _also_on, end in vms if end is None and not self._has_ended(state)]
         if not live:

@@ -89,11 +89,11 @@ def fetch(options, context):
     return _listing().Listing(options, _client(options, context), context).document()
 
 
-def still_listed(options, context, vm_ids):
+def still_listed(options, context, vm_ids, epoch):
     """Return ``{vm_id: [host]}`` of those that lookup_url finds; None without one: the list has to be fetched."""
     if options["lookup_url"] is None:
         return None
-    return _listing().Listing(options, _client(options, context), context).look_up(vm_ids)
+    return _listing().Listing(options, _client(options, context), context).look_up(vm_ids, epoch)
 
 
 def _listing():

@@ -29,7 +29,7 @@ import time
 import uuid
 from typing import Any
 
-from ..manifest import TERMINAL_STATES, Columns, ManifestError, add_place
+from ..manifest import TERMINAL_STATES, Columns, ManifestError, add_place, check_epoch
 
 OPTIONS = {
     "dsn": {"type": "str", "no_log": True},
@@ -177,7 +177,7 @@ def fetch(options, context):
     return document
 
 
-def still_listed(options, context, vm_ids):
+def still_listed(options, context, vm_ids, epoch):
     """Return ``{vm_id: [host]}`` of those of the ids that live now; no host means everywhere."""
     if not vm_ids:
         return {}
@@ -187,6 +187,7 @@ def still_listed(options, context, vm_ids):
         columns = session.columns()
         condition, values = _among(columns["vm_id"], vm_ids)
         session.realm()
+        check_epoch(session.name, epoch, session.epoch())
         return session.all("SELECT %s WHERE %s" % (session.selected(columns), condition), (values,))
 
     session, rows = _asked(options, context, ask)
