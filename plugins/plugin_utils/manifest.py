@@ -9,6 +9,7 @@ DOCUMENT ``{realm, generated_at, complete, vms: [{vm_id, host, state, also_on}]}
 count, sha256, hosts, tombstones: [{vm_id, destroyed_at}], proven, unproven``. ``vms`` may be any iterator, which is
 taken once, of VMs or of COLUMNS of them; ``realm, generated_at, hosts`` must be there before, everything else only when
 it is exhausted. ``proven`` is False where nothing shows that the list is complete, ``unproven`` says why.
+``made_before`` is an instant of our own clock at which the list was there: it is no younger, whatever it says itself.
 """
 
 from __future__ import annotations
@@ -380,7 +381,7 @@ def _opened(document, source, now, max_age):
     missing = [key for key in ("realm", "generated_at", "complete", "vms") if key not in document]
     if missing:
         raise ManifestError("not_a_manifest", "%s: the manifest has no %s" % (source, ", ".join(missing)))
-    generated_at = _instant(document["generated_at"], "%s: generated_at" % source)
+    generated_at = _generated_at(document, source)
     _check_age(now - generated_at, max_age, source)
     if not isinstance(document["vms"], (list, Iterator)):
         raise ManifestError("not_a_manifest", "%s: 'vms' must be a list" % source)
@@ -418,6 +419,22 @@ def _closed(document, head, listed, ids):
     return dict(head, epoch=epoch, proven=not unproven, unproven=unproven)
 
 
+def _generated_at(document, source):
+    """Return when the list was made, by its own clock or by ours, whichever makes it older."""
+    generated_at = _instant(document["generated_at"], "%s: generated_at" % source)
+    made_before = document.get("made_before")
+    if made_before is None:
+        return generated_at
+    made_before = _instant(made_before, "%s: made_before" % source)
+    if generated_at > made_before + FUTURE_SECONDS:
+        raise ManifestError(
+            "from_the_future",
+            "%s: by its own words it was generated %d s after it was written here; compare the clocks"
+            % (source, generated_at - made_before),
+        )
+    return min(generated_at, made_before)
+
+
 def _check_age(age, max_age, source):
     if age > max_age:
         raise ManifestError(
@@ -439,7 +456,7 @@ class _Entries:
     def __init__(self, source, terminal_states, known_hosts):
         self._known = None if known_hosts is None else set(known_hosts)
         self._ends = {state.lower() for state in terminal_states}
-        self._has_ended, self._places = {None: False}, {None: ""}
+        self._has_ended, self._places = {None: False}, {None}
         self._where = _Place(source, "vms")
 
     def rows(self, entries):
@@ -468,8 +485,11 @@ class _Entries:
             return None
         try:
             here, found = set(hosts), set(states)
-            for values, known, judge in ((here, self._places, self._place), (found, self._has_ended, self._ended)):
-                known.update({value: judge(value) for value in values - known.keys()})
+            for host in here - self._places:
+                self._place(host)
+                self._places.add(host)
+            for state in found - self._has_ended.keys():
+                self._has_ended[state] = self._ended(state)
         except (ManifestError, TypeError):
             return None  # of which VM, and whether it matters there, is seen when each is looked at
         places = [place or "" for place in hosts] if None in here else hosts

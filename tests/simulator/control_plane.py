@@ -81,6 +81,7 @@ class ControlPlane:
             "realm": REALM,
             "epoch": self.epoch,
             "generated_at": then + world.cp_skew,
+            "made_before": then + world.controller_skew,
             "complete": True,
             "proven": source.proven,
             "vms": vms,
@@ -155,7 +156,8 @@ class ControlPlane:
             self._copy = next((one for one in self.history[source.name] if one["epoch"] < (remembered or 0)), None)
         if self._copy is None or remembered is not None and self._copy["epoch"] >= remembered:
             return None
-        return [(source, dict(self._copy, generated_at=document["generated_at"])), *truths[1:]]
+        dates = {key: document[key] for key in ("generated_at", "made_before")}
+        return [(source, dict(self._copy, **dates)), *truths[1:]]
 
     def _other_realm(self, truths):
         return self._liars(truths, lambda document: dict(_only(document, []), realm="staging"))

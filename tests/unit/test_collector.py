@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import sqlite3
 
 import pytest
 from ansible_collections.microvm.reaper.plugins.plugin_utils import manifest, sources
@@ -116,6 +118,94 @@ def is_refused(vm, hosts):
     except manifest.ManifestError:
         return True
     return False
+
+
+MANY = dict(
+    document(),
+    vms=[{"vm_id": "v%d" % number, "host": "h1"} for number in range(5)] + [{"vm_id": "v9", "state": "destroyed"}],
+)
+
+
+@pytest.mark.parametrize("changes", [{"count": 6}, {"sha256": manifest.sha256([*IDS[:5], "v9"])}])
+def test_all_pages_count(tmp_path, changes):
+    pages = in_columns(dict(MANY, **changes))
+    checked = manifest.check(dict(pages, vms=iter(pages["vms"])), "s", now=NOW, max_age=600)
+    assert (checked["count"], sorted(checked["vms"]), checked["tombstones"]) == (5, IDS[:5], {"v9": None})
+    handle = collected(tmp_path, pages)
+    assert handle["count"] == 5
+
+    def asked(*vm_ids):
+        listed = dict(pages, vms=iter(pages["vms"]))
+        return manifest.live_among(set(vm_ids), listed, "s", handle, now=NOW, max_age=600)
+
+    assert asked("v4", "v7") == {"v4": ["h1"]}
+    assert asked("v0", "v4", "v9") == {"v0": ["h1"], "v4": ["h1"]}
+
+
+def test_what_is_here_is_written_once_and_kept_no_longer_than_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest, "KEPT", 4)
+    vms = [{"vm_id": "v%d" % number, "host": "h%d" % (number % 2)} for number in range(9)]
+    both = [in_columns(dict(document(), vms=vms)), in_columns(dict(document(), vms=vms[:3]))]
+    handle = collected(tmp_path, *both)
+    with contextlib.closing(sqlite3.connect(handle["index"])) as connection:
+        rows = connection.execute("SELECT host, vm_ids, source FROM here").fetchall()
+    assert rows == [
+        ("h0", "v0\nv2\nv4", 0), ("h1", "v1\nv3\nv5", 0), ("h0", "v6\nv8", 0), ("h1", "v7", 0),
+        ("h0", "v0\nv2", 1), ("h1", "v1", 1),
+    ]
+
+
+@pytest.fixture
+def looked_at(monkeypatch):
+    """The ids of the VMs that were looked at one by one."""
+    real, found = manifest._Entries._vm, []
+    monkeypatch.setattr(manifest._Entries, "_vm", lambda self, vm: found.append(vm["vm_id"]) or real(self, vm))
+    monkeypatch.setattr(manifest, "PAGE", 3)
+    return found
+
+
+@pytest.mark.parametrize("shape", [lambda whole: whole, in_columns])
+def test_a_plain_page_is_looked_at_as_a_whole(tmp_path, looked_at, shape):
+    vms = [{"vm_id": "v0", "host": "h1"}, {"vm_id": "v1", "host": None}, {"vm_id": "v2", "host": "h2", "state": "odd"},
+           {"vm_id": "v3", "host": "h1", "state": None}, {"vm_id": "v4", "host": "h9", "state": "destroyed"},
+           {"vm_id": "v5", "state": "Destroyed"}, {"vm_id": "v6", "host": "h1", "also_on": None}]
+    handle = collected(tmp_path, shape(dict(document(), vms=vms)))
+    told = shares(handle)["h1"]
+    assert (looked_at, handle["count"]) == ([], 5)
+    assert (told["live"], sorted(told["tombstones"])) == (["v0", "v1", "v2", "v3", "v6"], ["v4", "v5"])
+
+
+def test_only_of_a_page_with_something_special_each_is_looked_at(tmp_path, looked_at):
+    vms = [{"vm_id": "v%d" % number, "host": "h1"} for number in range(8)]
+    vms[4]["also_on"] = ["h2"]
+    handle = collected(tmp_path, dict(document(), vms=vms, hosts=HOSTS))
+    assert (looked_at, handle["count"]) == (["v3", "v4", "v5"], 8)
+    assert {host: told["live"] for host, told in shares(handle).items()} == {
+        "h1": IDS, "h2": ["v4"], "h3": [], "h4": [],
+    }
+
+
+@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("hostile", ["v8\nv9", "v8\n", "\nv8", "\n", "v8\nv9\nv0"])
+def test_row_36_an_id_that_passes_for_two(tmp_path, hostile, number):
+    vms = [{"vm_id": "v%d" % each, "host": "h1"} for each in range(3)]
+    vms[number]["vm_id"] = hostile
+    for some in (vms, vms[number:number + 1]):
+        with pytest.raises(manifest.ManifestError, match="cannot be the id of a VM"):
+            collected(tmp_path, dict(document(), vms=some))
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2, 100])
+def test_of_a_source_that_is_wrong_at_its_end_nothing_stays(tmp_path, monkeypatch, kept):
+    monkeypatch.setattr(manifest, "KEPT", kept)
+    collector = manifest.Collector(str(tmp_path / "index"))
+    wrong = in_columns(dict(MANY, count=7, tombstones=[{"vm_id": "v8"}]))
+    with pytest.raises(manifest.ManifestError, match="6 VMs are listed"):
+        collector.add(dict(wrong, vms=iter(wrong["vms"])), "wrong", now=NOW, max_age=600)
+    collector.add(document([("v7", "h2")]), "good", now=NOW, max_age=600)
+    handle = collector.finish()
+    told = shares(handle)["h1"]
+    assert (handle["count"], told["live"], told["elsewhere"], told["tombstones"]) == (1, ["v7"], {}, {})
 
 
 def test_what_is_wrong_on_a_later_page_is_named_by_its_place_on_the_list(tmp_path):
@@ -322,9 +412,9 @@ def test_a_source_that_cannot_be_believed_now_is_told(asked, first, now, code):
 
 def test_a_source_that_cannot_be_asked_about_single_vms_is_read_again(asked, monkeypatch):
     module = sources.importlib.import_module(sources.__name__ + ".file")
-    monkeypatch.setattr(module, "still_listed", lambda options, context, ids: None, raising=False)
+    monkeypatch.setattr(module, "still_listed", lambda options, context, ids, epoch: None, raising=False)
     assert asked([document()], [document([("v2", "h2")])]) == {"v2": ["h2"]}
-    monkeypatch.setattr(module, "still_listed", lambda options, context, ids: {"v1": sorted(ids)})
+    monkeypatch.setattr(module, "still_listed", lambda options, context, ids, epoch: {"v1": sorted(ids)})
     assert asked([document()], [document([("v2", "h2")])]) == {"v1": ["v1", "v2"]}
 
 

@@ -143,6 +143,7 @@ def test_lines_are_read_one_at_a_time_and_the_file_is_closed(write, tmp_path):
     found = module.fetch({"path": "live.jsonl"}, context(tmp_path))
     assert next(found["vms"]) == TWO[0]
     found["vms"].close()
+    module.fetch({"path": "live.jsonl"}, context(tmp_path))["vms"].close()
     assert os.listdir("/proc/self/fd") == before
 
 
@@ -211,3 +212,49 @@ def test_a_secret_that_is_wrong_is_not_quoted(monkeypatch):
     with pytest.raises(manifest.ManifestError) as caught:
         sources.configured([of("x", token="hunter2")])
     assert "token" in str(caught.value) and "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+@pytest.mark.parametrize(
+    ("said", "written", "age"),
+    [
+        (-20, -20, 20.0),
+        (-300, -20, 300.0),  # copied here later
+        (-20, -300, None),  # a clock that is minutes ahead of ours
+        (0, -29, 29.0),  # as far as clocks may differ
+        (0, -31, None),
+        (-20, 500, 20.0),  # the date of the file is wrong, which proves nothing
+    ],
+)
+def test_row_06_a_list_is_as_old_as_its_file(tmp_path, files_have_no_date, said, written, age, ending):
+    files_have_no_date.undo()
+    head = dict(document(), generated_at=NOW + said, count=1)
+    vms = head.pop("vms")
+    lines = [head, *vms] if ending == "jsonl" else [dict(head, vms=vms)]
+    path = tmp_path / ("live." + ending)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    os.utime(path, (NOW + written, NOW + written))
+    about = {"now": NOW, "directory": str(tmp_path), "terminal_states": ["gone"]}
+    wanted = [{"type": "file", "path": str(path)}]
+    if age is None:
+        with pytest.raises(manifest.ManifestError, match="after it was written here; compare the clocks") as caught:
+            sources.fetch(wanted, about, str(tmp_path / "index"), max_age=600)
+        assert caught.value.code == "from_the_future"
+    else:
+        assert sources.fetch(wanted, about, str(tmp_path / "index"), max_age=600)["age"] == age
+
+
+def test_row_04_a_file_that_nobody_writes_any_more_is_stale_whatever_its_clock_says(tmp_path, files_have_no_date):
+    files_have_no_date.undo()
+    path = tmp_path / "live.json"
+    path.write_text(json.dumps(dict(document(), generated_at=NOW - 580)))
+    os.utime(path, (NOW - 605, NOW - 605))
+    about = {"now": NOW, "directory": str(tmp_path), "terminal_states": ["gone"]}
+    with pytest.raises(manifest.ManifestError, match="605 s old") as caught:
+        sources.fetch([{"type": "file", "path": str(path)}], about, str(tmp_path / "index"), max_age=600)
+    assert caught.value.code == "stale"
+
+
+def test_when_a_list_was_made_is_an_instant():
+    with pytest.raises(manifest.ManifestError, match="made_before: not an instant"):
+        manifest.check(dict(document(), made_before="yesterday"), "s", now=NOW, max_age=600)

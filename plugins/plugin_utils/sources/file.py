@@ -4,6 +4,9 @@
 
 JSON lines: the first line is the manifest without ``vms``, each of the others a VM. Such a file may be of any size, and
 may end at any line; only ``count`` or ``sha256`` in the first line prove that it is whole.
+
+The list is as old as it says, or as the file if that is older: where the control plane's clock is ahead of ours, an old
+list looks fresh.
 """
 
 from __future__ import annotations
@@ -27,22 +30,33 @@ def describe(options):
 
 
 def fetch(options, context):
-    """Return the document in the file. JSON is tried first: it is YAML too, but read a hundred times faster."""
+    """Return the document in the file."""
     path = os.path.join(context["directory"], options["path"])
     with _readable(options):
-        stream = open(path, "rb")  # noqa: SIM115  (who takes the VMs out of lines closes it)
+        stream = open(path, "rb")  # noqa: SIM115  (_Lines closes it)
+        written = _written(stream)
         first = stream.readline(MAX_LINE)
         head = _head_of_lines(first)
         if head:
-            return dict(head, vms=_vms(stream, options), **_proof(head))
+            return dict(head, vms=_Lines(stream, options), made_before=written, **_proof(head))
         with stream:
             data = first + stream.read(max(0, MAX_BYTES + 1 - len(first)))
         if len(data) > MAX_BYTES:
             raise ManifestError("unreadable", "%s is larger than %d bytes" % (describe(options), MAX_BYTES))
-        text = data.decode("utf-8")
-        if text.lstrip().startswith("{"):
-            return json.loads(text)
-        return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        document = _parsed(data.decode("utf-8"))
+        return dict(document, made_before=written) if isinstance(document, dict) else document
+
+
+def _written(stream):
+    """Return when the file was written last, in seconds since 1970 by the clock of this machine."""
+    return os.fstat(stream.fileno()).st_mtime
+
+
+def _parsed(text):
+    """Return what a text says. JSON is tried first: it is YAML too, but read a hundred times faster."""
+    if text.lstrip().startswith("{"):
+        return json.loads(text)
+    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
 def _head_of_lines(line):
@@ -59,6 +73,23 @@ def _proof(head):
     if head.get("count") is not None or head.get("sha256") is not None:
         return {}
     return {"proven": False, "unproven": "a list in lines has to say its count or sha256"}
+
+
+class _Lines:
+    """The VMs of JSON lines. close() closes the file, also where nobody has taken any."""
+
+    def __init__(self, stream, options):
+        self._stream, self._vms = stream, _vms(stream, options)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return next(self._vms)
+
+    def close(self):
+        self._vms.close()
+        self._stream.close()
 
 
 def _vms(stream, options):
