@@ -1,0 +1,67 @@
+# Copyright: The microvm.reaper authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""What the recipes need of others: inventory plugins, out of the package that has all of them, and their libraries."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from hosts.fleet import ROOT
+
+ANSIBLE = "14.5.0"
+WANTED = ("ansible_collections/community/libvirt/", "ansible_collections/openstack/cloud/")
+REQUIREMENTS = ROOT / "tests/integration/recipes.txt"
+# Debian's, for its own Python (bindep.txt).
+LIBVIRT = "/usr/lib/python3/dist-packages"
+
+
+@dataclass
+class Community:
+    """``collections`` and ``libraries`` are directories for ANSIBLE_COLLECTIONS_PATH and PYTHONPATH."""
+
+    collections: Path
+    libraries: Path
+
+    @property
+    def has_libvirt(self) -> bool:
+        version = "cpython-%d%d-" % sys.version_info[:2]
+        return any(version in path.name for path in self.libraries.glob("libvirtmod.*.so"))
+
+
+def installed() -> Community:
+    """Install it where it is not yet; some 50 MB are downloaded for it."""
+    key = zlib.crc32(f"{ANSIBLE} {WANTED} {sys.version_info[:2]} {REQUIREMENTS.read_text()}".encode())
+    place = ROOT / ".cache" / f"community-{key:08x}"
+    if not place.exists():
+        place.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place.parent) as directory:
+            _install(Path(directory))
+            shutil.copytree(directory, place, symlinks=True)
+    return Community(place, place / "libraries")
+
+
+def _install(place: Path) -> None:
+    # The package needs a newer Python than the two collections in it.
+    package = ("--no-deps", "--only-binary=:all:", "--python-version=3.13", f"ansible=={ANSIBLE}")
+    _pip("download", f"--dest={place}", *package)
+    (wheel,) = place.glob("ansible-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(place, [name for name in archive.namelist() if name.startswith(WANTED)])
+    wheel.unlink()
+    _pip("install", "--no-deps", f"--target={place / 'libraries'}", f"--requirement={REQUIREMENTS}")
+    for path in Path(LIBVIRT).glob("libvirt*"):
+        if path.suffix in (".py", ".so"):
+            (place / "libraries" / path.name).symlink_to(path)
+
+
+def _pip(*arguments: str) -> None:
+    command = [sys.executable, "-m", "pip", *arguments, "--quiet", "--disable-pip-version-check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
