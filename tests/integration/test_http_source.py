@@ -950,6 +950,24 @@ def test_vms_are_looked_up(api):
     assert looked_up(api) == {}
 
 
+@pytest.mark.parametrize(
+    ("ahead", "is_believed"), [(None, True), (-4000, True), (20, True), (40, False), (9000, False)]
+)
+def test_row_06_a_server_whose_clock_is_ahead_is_not_believed(api, ahead, is_believed):
+    """What it made minutes ago is of now, by its clock; one that is behind makes its list older only."""
+    date = {} if ahead is None else {"Date": email.utils.formatdate(time.time() + ahead, usegmt=True)}
+    page = {"data": [vm(1)], "at": time.time() - 5}
+    api.answer = lambda request: reply(page, **date)
+    options = {"items": "data", "fields": FIELDS, "realm": "prod"}
+    if is_believed:
+        assert ids(whole(api.url, about={"generated_at": "at"}, **options)) == ["v1"]
+    else:
+        code, said = refusal(api.url, about={"generated_at": "at"}, **options)
+        assert (code, "s ahead of ours; set both by NTP" in said) == ("clock_skew", True)
+    # Who does not say when is believed to answer at once.
+    assert ids(whole(api.url, about={}, **options)) == ["v1"]
+
+
 def test_row_04_a_lookup_at_a_replica_that_lags_is_no_answer(api):
     """It does not know the VM yet, as it does not know the epoch of the list that the VM was missing from."""
     Single(api, vm(1))

@@ -17,6 +17,7 @@ import json
 import math
 import re
 import tempfile
+import time
 import urllib.parse
 
 from ..manifest import FUTURE_SECONDS, Columns, ManifestError, check_epoch
@@ -310,6 +311,7 @@ class Listing:
             # A cache tells how many seconds it has kept the answer.
             age = headers.get("Age", "")
             return now - (float(age[:9]) if age.isascii() and age.isdigit() else 0.0)
+        _check_clock(headers, url)
         if _is_number(value):
             instant = float(value)
         else:
@@ -471,6 +473,14 @@ class _Spool:
         self._file.seek(0)
         for line in self._file:
             yield json.loads(line)
+
+
+def _check_clock(headers, url):
+    """Refuse a server whose clock is ahead of ours: by what it says its list is younger than it is."""
+    date = _web.http_date(headers.get("Date", ""))
+    ahead = date.timestamp() - time.time() if date else 0
+    if ahead > FUTURE_SECONDS:
+        raise _refusal("clock_skew", url, "its clock is %d s ahead of ours; set both by NTP" % ahead)
 
 
 def _etag(known):

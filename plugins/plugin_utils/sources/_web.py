@@ -352,12 +352,13 @@ def _retry_after(headers):
     value = headers.get("Retry-After", "").strip()
     if value.isascii() and value.isdigit():
         return float(value[:9])
-    instants = [_http_date(value), _http_date(headers.get("Date", ""))]
+    instants = [http_date(value), http_date(headers.get("Date", ""))]
     now = instants[1] or datetime.datetime.now(datetime.UTC)
     return max(0.0, (instants[0] - now).total_seconds()) if instants[0] else 0.0
 
 
-def _http_date(text):
+def http_date(text):
+    """Return the instant of a date as HTTP writes it, None for anything else."""
     try:
         instant = email.utils.parsedate_to_datetime(text)
     except ValueError:
