@@ -19,6 +19,7 @@ import pytest
 import yaml
 from ansible_collections.microvm.reaper.plugins.module_utils import abandoned
 from ansible_collections.microvm.reaper.plugins.module_utils import ledger as ledgers
+from hosts.fleet import write_list
 from integration import postgresql
 from psycopg import sql
 
@@ -936,7 +937,7 @@ class Sweeps:
         hosts = list(RACKS.values())
         vms = [{"vm_id": f"living{number}", "host": hosts[0], "state": "running"} for number in range(50)]
         document = {"realm": "test", "generated_at": time.time() + 25, "complete": True, "hosts": hosts, "vms": vms}
-        self.live.write_text(json.dumps(document))
+        write_list(self.live, document)
         given = json.dumps({**self.variables, **variables})
         argv = [str(Path(sys.executable).parent / "ansible-playbook"), "-i", str(self.inventory), playbook]
         env = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")}

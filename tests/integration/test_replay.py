@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hosts.fleet import BIN, ROOT
+from hosts.fleet import BIN, ROOT, write_list
 
 pytestmark = [pytest.mark.timeout(180), pytest.mark.skipif(os.geteuid() != 0, reason="the reaper runs as root")]
 
@@ -51,7 +51,7 @@ class Local:
         """Sweep with a list of this moment; by a clock that is a little ahead, so that its age is 0."""
         vms = [{"vm_id": "valive", "host": name} for name in self.names]
         document = {"realm": "local", "generated_at": time.time() + 25, "complete": True, "vms": vms, **(live or {})}
-        (self.directory / "live.json").write_text(json.dumps(document))
+        write_list(self.directory / "live.json", document)
         given = ["-e", json.dumps({**QUICK, **variables})]
         return run("-i", self.directory / "hosts.yml", *given, *arguments, "playbooks/reap.yml")
 

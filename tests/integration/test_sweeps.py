@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hosts.fleet import BIN, ROOT, Fleet, Sweep
+from hosts.fleet import BIN, ROOT, Fleet, Sweep, write_list
 
 pytestmark = [
     pytest.mark.hosts,
@@ -621,7 +621,7 @@ def test_a_target_with_python_3_8(tmp_path: Path) -> None:
         (tmp_path / "jails/firecracker" / vm_id / "root").mkdir(parents=True)
     document = {"realm": "old", "generated_at": time.time() + 25, "complete": True}
     document["vms"] = [{"vm_id": "valive", "host": "here"}]
-    (tmp_path / "live.json").write_text(json.dumps(document))
+    write_list(tmp_path / "live.json", document)
     variables = {
         **QUICK,
         "ansible_connection": "local",

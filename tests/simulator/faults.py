@@ -437,6 +437,11 @@ def whatever_runs_is_ended(patch):
     patch.setattr(planner, "is_permitted", lambda running, evidence: True)
 
 
+def what_lives_again_is_reaped(patch):
+    """What the sources list when they are asked once more is not heard."""
+    patch.setattr(brake, "live_again", lambda plans, listed, any_host_protects: {})
+
+
 def _with_policy(patch, **changes):
     real = planner.complete_policy
     patch.setattr(planner, "complete_policy", lambda policy: dict(real(policy), **changes))
@@ -491,6 +496,7 @@ FAULTS = [
     strikes_come_at_once,
     nobody_waits,
     whatever_runs_is_ended,
+    what_lives_again_is_reaped,
 ]
 
 # From 0 on these are found late or beyond 10,000 sweeps, because rare things have to meet; from these seeds at once.
@@ -500,13 +506,15 @@ SEEDS = {
     a_clone_hides_why: 497503975222,
     a_latch_makes_a_stranger_known: 992104218676,
     a_killed_reaper_is_forgotten: 1020655407669,
-    an_incomplete_list_is_trusted: 356850017474,
+    an_incomplete_list_is_trusted: 767139045693,
     intents_are_lost: 799386231694,
     unfinished_is_forgotten: 808720281895,
-    names_hide_what_is_half_removed: 304683207122,
+    names_hide_what_is_half_removed: 808720281895,
     what_was_spent_is_forgotten: 799386231694,
-    one_proof_is_enough: 112368921760,
+    one_proof_is_enough: 667751427166,
     a_source_that_fails_is_skipped: 478233397405,
     the_boot_is_forgotten: 1026143361567,
     nobody_waits: 787709041143,
+    the_unproven_is_reaped: 77526006688,
+    what_lives_again_is_reaped: 198876468739,
 }

@@ -25,6 +25,7 @@ def check(world, run, batch):
         nothing_of_a_live_vm_is_reaped(batch)
         what_is_stopped_or_refused_reaps_nothing(batch, touched)
         no_proof_no_reap(batch, touched)
+        what_is_listed_once_more_is_spared(batch, touched)
         pins_hold(world, batch, touched)
         strangers_are_left_alone(batch, touched)
         who_cannot_remember_must_not_reap(world, touched)
@@ -61,6 +62,13 @@ def no_proof_no_reap(batch, touched):
     """A list that does not prove itself complete may earn strikes, never a removal."""
     if not all(document["complete"] and document["proven"] for document in batch.documents):
         _violated("proof", "the %s was reaped on %s on a list without proof", touched[0][1], touched[0][0])
+
+
+def what_is_listed_once_more_is_spared(batch, touched):
+    """What a source lists on a host immediately before the acts is left alone there, whatever lives under the id."""
+    for host, thing in touched:
+        if thing.vm.vm_id in listed(batch, host, batch.once_more):
+            _violated("spared", "the %s was reaped on %s, where the VM was listed once more", thing, host)
 
 
 def pins_hold(world, batch, touched):
@@ -273,6 +281,7 @@ def _has_to_wait(world, batch, host, thing):
         or any(fnmatch.fnmatchcase(vm_id, line.split()[0]) for line in batch.before[host].pins)
         or any(user in host.things.values() for user in thing.used_by)
         or thing.identity in host.half and (thing.kind, thing.name) in host.things
+        or vm_id in batch.spared.get(host, ())
     )
 
 

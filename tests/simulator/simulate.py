@@ -133,6 +133,7 @@ def _watch(world, run, batch, counts):
     counts["reaped"] += len(batch.reaped)
     counts["finished"] += len(batch.finished)
     counts["killed"] += len(batch.killed)
+    counts["spared"] += len(batch.spared)
     if batch.stopped:
         counts[batch.stopped["code"]] += 1
     for refusal in batch.refused.values():

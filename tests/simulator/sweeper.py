@@ -54,6 +54,8 @@ class Batch:
         self.names, self.keep, self.check_mode, self.answers, self.caps = names, keep, check_mode, answers, caps
         self.mood, self.documents, self.lists, self.fetched = None, [], None, 0.0
         self.unavailable = {}
+        # What the sources said when they were asked once more, and ``{host: {vm_id: why}}`` of what was spared then.
+        self.once_more, self.spared = [], {}
         self.plans, self.policies = {}, {}
         self.stopped, self.refused = None, {}
         self.reaped, self.finished, self.stopped_things = [], [], []
@@ -168,6 +170,8 @@ class Sweeper:
             world.chance(step, slot + 3)
             self._other_controller(batch)
         self._meanwhile(pauses[1], surprises[1], step, slot + 4)
+        if has(slot + 5):
+            self._recheck(batch, step, slot + 5)
         for host, plan in batch.plans.items():
             if world.now < host.away_until:
                 batch.failed.add(host)
@@ -202,6 +206,24 @@ class Sweeper:
         for host, refusal in batch.refused.items():
             self.world.refusals[host] = refusal["code"]
             batch.failed.add(host)
+
+    def _recheck(self, batch, step, slot):
+        """What the action recheck does: the sources are asked once more about what is about to go."""
+        going = {host: plan for host, plan in batch.plans.items() if plan["reap"] and host not in batch.refused}
+        if not going:
+            return
+        self.world.chance(step, slot)
+        answers, _mood = self.control_plane.answers(batch.answers.needs_truth())
+        doomed = {token["vm_id"] for plan in going.values() for token in plan["reap"]}
+        try:
+            listed_now, batch.once_more = ask_once_more(answers, doomed, batch.lists, self.world.wall())
+            batch.spared = brake.live_again(going, listed_now, batch.lists["hosts"] is None)
+        except manifest.ManifestError as err:
+            self.world.story.tell("asked once more, a source does not answer (%s)", err.code)
+            batch.spared = {host: dict.fromkeys(doomed, err.code) for host in going}
+        for host, spare in batch.spared.items():
+            self.world.story.tell("%s: spared: %s", host, ", ".join(sorted(spare)))
+            batch.plans[host], _outcomes = acts.spared(batch.plans[host], spare)
 
     def carry_out(self, host, plan, batch, weather):
         """What the module reap does with a plan: remember a latch, only look in check mode, else act."""
@@ -383,6 +405,21 @@ def fetch(answers, wall):
     return manifest.union(checked), accepted
 
 
+def ask_once_more(answers, vm_ids, lists, wall):
+    """What sources.still_listed() does with the answers of the sources; also return what they said."""
+    found, accepted = {}, []
+    for source, document in answers:
+        if source.name not in lists["counts"]:
+            continue
+        if document is None:
+            raise manifest.ManifestError("unreachable", "%s: no answer" % source.name)
+        listed_now = manifest.live_among(vm_ids, document, source.name, lists, now=wall, max_age=MAX_AGE)
+        accepted.append(document)
+        for vm_id, hosts in listed_now.items():
+            manifest.add_place(found, vm_id, hosts)
+    return found, accepted
+
+
 def share(lists, host, ids):
     """What manifest.handle() and manifest.share() do together, without a file (a test compares them)."""
     live, elsewhere = set(), {}
@@ -406,13 +443,13 @@ def listed_anywhere(batch):
     return {vm["vm_id"] for document in batch.documents for vm in document["vms"]}
 
 
-def listed(batch, host):
+def listed(batch, host, documents=None):
     """Return the ids that the accepted documents list on a host, read as a person would."""
-    name = batch.names[host]
-    everywhere = any("hosts" not in document for document in batch.documents)
+    name, documents = batch.names[host], batch.documents if documents is None else documents
+    everywhere = any("hosts" not in document for document in documents)
     return {
         vm["vm_id"]
-        for document in batch.documents
+        for document in documents
         for vm in document["vms"]
         if everywhere or name == vm["host"] or name in vm["also_on"]
     }

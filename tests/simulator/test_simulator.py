@@ -30,6 +30,7 @@ def test_nothing_goes_wrong(part):
     for code in ("epoch_went_back", "host_unknown", "unknown_host", "unreachable", "fleet_cap", "cloned_machine_id"):
         assert counts[code] > 20, code
     assert counts["killed"] > 50
+    assert counts["spared"] > 10
     assert counts["finished"] > 5
 
 
