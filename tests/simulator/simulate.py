@@ -200,7 +200,7 @@ def main():
         print(told(err, options.gap))
         return 1
     print("%d sweeps, nothing wrong (%.1f s)" % (counts.pop("sweeps"), time.monotonic() - begin))
-    print(", ".join("%s %d" % item for item in sorted(counts.items())))
+    print(", ".join("%s %d" % item for item in sorted(counts.items()) if item[1]))
     return 0
 
 
