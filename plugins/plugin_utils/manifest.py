@@ -381,8 +381,9 @@ def _opened(document, source, now, max_age):
     missing = [key for key in ("realm", "generated_at", "complete", "vms") if key not in document]
     if missing:
         raise ManifestError("not_a_manifest", "%s: the manifest has no %s" % (source, ", ".join(missing)))
-    generated_at = _generated_at(document, source)
-    _check_age(now - generated_at, max_age, source)
+    by_its_words = _instant(document["generated_at"], "%s: generated_at" % source)
+    generated_at = _not_after(by_its_words, document, source)
+    _check_age(now - generated_at, now - by_its_words, max_age, source)
     if not isinstance(document["vms"], (list, Iterator)):
         raise ManifestError("not_a_manifest", "%s: 'vms' must be a list" % source)
     hosts = document.get("hosts")
@@ -419,13 +420,11 @@ def _closed(document, head, listed, ids):
     return dict(head, epoch=epoch, proven=not unproven, unproven=unproven)
 
 
-def _generated_at(document, source):
-    """Return when the list was made, by its own clock or by ours, whichever makes it older."""
-    generated_at = _instant(document["generated_at"], "%s: generated_at" % source)
-    made_before = document.get("made_before")
-    if made_before is None:
+def _not_after(generated_at, document, source):
+    """Return when the list was made, by its own words or by our clock, whichever makes it older."""
+    if document.get("made_before") is None:
         return generated_at
-    made_before = _instant(made_before, "%s: made_before" % source)
+    made_before = _instant(document["made_before"], "%s: made_before" % source)
     if generated_at > made_before + FUTURE_SECONDS:
         raise ManifestError(
             "from_the_future",
@@ -435,12 +434,12 @@ def _generated_at(document, source):
     return min(generated_at, made_before)
 
 
-def _check_age(age, max_age, source):
+def _check_age(age, by_its_words, max_age, source):
     if age > max_age:
-        raise ManifestError(
-            "stale",
-            "%s: the manifest is %d s old, more than reap_manifest_max_age=%d" % (source, age, max_age),
-        )
+        said = "%s: the manifest is %d s old, more than reap_manifest_max_age=%d" % (source, age, max_age)
+        if age > by_its_words:
+            said += "; by its own words %d s, but it was written here before" % by_its_words
+        raise ManifestError("stale", said)
     if age < -FUTURE_SECONDS:
         raise ManifestError(
             "from_the_future",
