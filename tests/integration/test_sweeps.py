@@ -47,8 +47,7 @@ def listed(fleet: Fleet, **changes) -> dict:
 
 
 def write(fleet: Fleet, document: dict, part: int = 1) -> None:
-    text = json.dumps(document)
-    (fleet.state / "live.json").write_text(text[: len(text) // part])
+    write_list(fleet.state / "live.json", document, part)
 
 
 def sweep(fleet: Fleet, *arguments: str, times: int = 1, **variables) -> Sweep:
