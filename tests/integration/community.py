@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -42,8 +41,10 @@ def installed() -> Community:
     if not place.exists():
         place.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place.parent) as directory:
-            _install(Path(directory))
-            shutil.copytree(directory, place, symlinks=True)
+            new = Path(directory) / "new"
+            new.mkdir()
+            _install(new)
+            new.rename(place)  # whole or not at all
     return Community(place, place / "libraries")
 
 
