@@ -28,6 +28,7 @@ class ActionModule(ActionBase):
                 "realm": {"type": "str", "required": True},
                 "hosts": {"type": "list", "elements": "str", "required": True},
                 "variables": {"type": "dict", "required": True},
+                "sweep": {"type": "str", "default": ""},
                 "path": {"type": "path", "default": ""},
             }
         )
@@ -37,7 +38,7 @@ class ActionModule(ActionBase):
         first = next(iter(known.values()), {})
         manifest = (first.get(names["manifest"]) or {}).get("manifest")
         abort = _abort(first, names)
-        how = {"check_mode": self._task.check_mode, "abort": abort}
+        how = {"check_mode": self._task.check_mode, "abort": abort, "sweep": arguments["sweep"]}
         text = report.text(arguments["realm"], manifest, hosts, **how)
         Display().display(text)
         document = report.as_json(arguments["realm"], manifest, hosts, **how)
