@@ -718,20 +718,24 @@ class _Ladder:
         steps = {key: self._step(key, member) for key, member in going.items()}
         while self._wait_for_what_they_hold(going, steps):
             pass
+        ends = {key for key, member in going.items() if _stops(member, self.kinds) and self._ends(member, steps[key])}
+        freed = {going[key]["vm_id"] for key in ends}
         begins, tokens = set(), []
         for key, member in going.items():
-            stop, held = _stops(member, self.kinds), self.in_place.pop(key, None)
+            held = self.in_place.pop(key, None)
+            if member["in_use"] and not _stops(member, self.kinds) and member["vm_id"] not in freed:
+                _hold(member, "busy", "what runs in it is frozen, and ends when its reap_hold is over")
+                self.aside += [held] if held else []
+                continue
             if not held:
                 begins.add(member["vm_id"])
-            if steps[key] == WAIT and stop and not self.judge.hold(member["kind"], member["vm_id"]):
-                steps[key] = ASIDE  # what runs ends now, the rest goes with what it holds
-            elif steps[key] == ASIDE:
-                stop = False  # frozen, not ended
-            if steps[key] == WAIT:
+            if steps[key] == WAIT and key not in ends:
                 self.aside.append(held or self._waiting(member))
                 self._mark(member, self.aside[-1])
             else:
-                tokens.append(self._climbing(member, held, steps[key], stop))
+                # What runs may end now although the rest has to wait for what it holds.
+                step = ASIDE if steps[key] == WAIT else steps[key]
+                tokens.append(self._climbing(member, held, step, key in ends))
         self.begins = sorted(begins)
         # What was set aside or waited, and may not go at all this time. What lives has nothing to wait for.
         self.aside += [
@@ -795,6 +799,10 @@ class _Ladder:
             return REMOVE
         when = self.kinds[member["kind"]][ASIDE]
         return ASIDE if when == ALWAYS or when == RUNNING and _stops(member, self.kinds) else WAIT
+
+    def _ends(self, member, step):
+        """Tell whether what runs in it is ended now, and not only frozen."""
+        return step == REMOVE or step == WAIT and not self.judge.hold(member["kind"], member["vm_id"])
 
     def _wait_for_what_they_hold(self, going, steps):
         """Let what holds something that waits wait too: a manager collects what nothing refers to any more."""

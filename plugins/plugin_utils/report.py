@@ -75,6 +75,24 @@ def as_json(realm, manifest, hosts, *, check_mode=False, abort=None, sweep=""):
     }
 
 
+def undone(host, result):
+    """Return what a person sees of an undo on one host: ``result`` is what the module returned."""
+    if result.get("busy"):
+        return ["%s: %s" % (host, printable(str(result["busy"])))]
+    good = _with_outcomes({"outcomes": result.get("outcomes") or [], "error": None})["outcomes"]
+    if not good:
+        return [] if result.get("failed") else ["%s: nothing of it is aside on this host" % host]
+    until = ", pinned until %s" % result["pinned_until"] if result.get("pinned_until") else ""
+    back = [one for one in good if one["outcome"] in ("restored", "would_restore")]
+    did = "would be back" if any(one["outcome"] == "would_restore" for one in back) else "back"
+    lines = ["%s: %d of %d %s%s" % (host, len(back), len(good), did, until)]
+    for one in good:
+        came_to = "" if one in back else " was NOT brought back (%s)" % one["outcome"]
+        message = ": %s" % one["message"] if one["message"] else ""
+        lines.append("%s: %s %s%s%s" % (host, one["kind"], one["name"], came_to, message))
+    return _limited([printable(line) for line in lines])
+
+
 def human_bytes(count):
     """Return a number of bytes as a person reads it."""
     if not count:
