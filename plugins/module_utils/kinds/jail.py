@@ -14,7 +14,7 @@ import os
 import re
 import time
 
-from .. import mounts, processes, safe_tree
+from .. import blame, mounts, processes, safe_tree
 from .. import resource as r
 from ..probe import Absent, boottime
 
@@ -31,6 +31,7 @@ RULE = {
 # One act must end well before the reaper gives up on it; a tree that takes longer is finished in later sweeps.
 REMOVE_SECONDS = 20.0
 RESERVE_SECONDS = 0.5
+MAX_HOLDERS = 20
 
 
 def collect(rules, host):
@@ -83,9 +84,11 @@ def _with_tree(token, rules, act):
 def _refusal(token, tree):
     if tree.identity() != token["identity"]:
         return r.outcome(token, r.IDENTITY_CHANGED, "another jail of the same name is there now")
-    pids = _inside({tree.path}, processes.places(mounts.read()))[tree.path]
-    if pids:
-        holders = [processes.holder(pid) for pid in sorted(pids)[:20]]
+    by = collections.defaultdict(list)
+    for pid, name in _inside({tree.path}, processes.places(mounts.read()))[tree.path]:
+        by[pid].append(name)
+    if by:
+        holders = [blame.process(pid, by[pid]) for pid in sorted(by)[:MAX_HOLDERS]]
         return r.outcome(token, r.DEFERRED, "processes are in it", holders=[one for one in holders if one])
     return None
 
