@@ -56,6 +56,11 @@ os.waitid(os.P_PID, zombie, os.WEXITED | os.WNOWAIT)
 with open(sys.argv[1] + "/shim.pid", "w") as stream:
     stream.write(str(zombie))
 for what in sys.argv[2:]:
+    if what.startswith("in:"):  # run in a cgroup oneself
+        os.makedirs(what[3:], exist_ok=True)
+        with open(what[3:] + "/cgroup.procs", "w") as stream:
+            stream.write("0")
+        continue
     child = os.fork()
     if child == 0:
         if what.startswith("/"):  # a cgroup to run in
@@ -286,6 +291,19 @@ def test_what_is_left_of_the_confirmed_orphan_may_end_and_nothing_else_of_anothe
     refused(world, world.reap(details={"may_end": False}), before, r"\d+ vmm would end with it")
     (outcome,) = world.reap(details={"may_end": True})["outcomes"]
     assert outcome["outcome"] == "reaped" and world.pid() != before
+
+
+@needs_systemd
+@pytest.mark.parametrize(("vm_id", "may_end", "goes"), [("vlive", True, False), ("box1", False, False),
+                                                        ("box1", True, True)])
+def test_a_parent_that_is_itself_of_a_vm_ends_only_with_it(world, vm_id, may_end, goes):
+    before = world.start("in:/sys/fs/cgroup/system.slice/keeper.service/%s" % vm_id)
+    world.rules.append({"command": "firecracker", "cgroup_name": "(?P<vm_id>v[a-z]+|box1)"})
+    answer = world.reap(details={"may_end": may_end})
+    if goes:
+        assert answer["outcomes"][0]["outcome"] == "reaped" and world.pid() != before
+    else:
+        refused(world, answer, before, "the parent is itself of the VM %s" % vm_id)
 
 
 @needs_systemd

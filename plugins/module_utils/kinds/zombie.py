@@ -137,8 +137,11 @@ def _restart(token, parent, rules, host):
     claims = [_Claim(rule) for rule in rules]
 
     def may_end(process):
-        return bool(details.get("may_end")) and _attributed(process, claims) == token["vm_id"]
+        return bool(details.get("may_end")) and _vms_of(process, claims) == {token["vm_id"]}
 
+    others = _vms_of(parent, claims)
+    if others and not may_end(parent):
+        return "unit %s was not restarted: the parent is itself of the VM %s" % (unit, ", ".join(sorted(others)))
     return units.restart(unit, parent, may_end, host)
 
 
@@ -233,6 +236,12 @@ def _attributed(process, claims):
         if vm_id is not None:
             return vm_id
     return None
+
+
+def _vms_of(process, claims):
+    """Return all VMs that a living process may be of: by its cgroup whatever it is called, and as a zombie would be."""
+    cgroup = processes.read(process.pid, "cgroup") or ""
+    return {claim.vm_id_of(cgroup) for claim in claims}.union([_attributed(process, claims)]) - {None}
 
 
 def _describe(process, vm_id, host, parent):
