@@ -4,8 +4,9 @@
 
 A restart ends all that is in the cgroup of the unit. Beyond it may end what the process has started elsewhere, as its
 children, and units that depend on it. So all of these are looked for, and whatever is found and is not known to be
-of a dead VM forbids the restart. What a supervisor ends on its way down besides, systemd does not know either: which
-units are safe is for a person to say, in an allow-list; see planner.py.
+of a dead VM forbids the restart. Two things nobody can look for: what a supervisor ends on its way down besides, and
+what it starts in the milliseconds between the look and the restart. So a unit that has to do with VMs that live is
+none for the allow-list that a person makes; see planner.py.
 """
 
 from __future__ import annotations

@@ -436,6 +436,16 @@ def test_what_systemd_says_against_it(properties, why):
     assert host.ran == ["show"]
 
 
+def test_a_parent_that_has_ended_meanwhile_is_nobodys_reason():
+    host, parent = Host(**GOOD), processes.stat(os.getpid())
+    why = units.restart("x.service", parent._replace(started=parent.started - 1), lambda process: True, host)
+    assert why == "unit x.service was not restarted: its parent has ended meanwhile"
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    why = units.restart("x.service", parent._replace(pid=gone.pid), lambda process: True, host)
+    assert (why, host.ran) == ("its parent has ended meanwhile", ["show"])
+
+
 @pytest.mark.parametrize(
     "unit",
     [
