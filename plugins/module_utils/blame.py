@@ -91,13 +91,14 @@ def container_of(cgroup):
 def parent(pid, host):
     """Return the HOLDER of a process that is to be blamed for its children; with ``image``, that of its container.
 
-    The shim of a container is not in it, but was told of it. The image is None where containerd does not tell it at
-    once. Returns None when there is no such process.
+    What a cgroup does not tell, the shim was told that the process descends from, or is. The image is None where
+    containerd does not tell it at once. Returns None when there is no such process.
     """
     container, namespace = container_of(_text(pid, "cgroup"))
-    found = processes.stat(pid)
-    if container is None and found is not None and found.command.startswith(_SHIM):
-        container, namespace = shim(pid)
+    its_shim = None if namespace else _shim_of(pid)
+    if its_shim is not None:
+        of_shim, namespace = shim(its_shim)
+        container = container or of_shim
     image = _image(container, namespace, host)
     holder = process(pid, container=container, image=image)
     return holder and dict(holder, image=image)
@@ -114,6 +115,14 @@ def shim(pid):
         worker.close()
     told = [_argument(arguments, name) for name in ("-id", "-namespace")]
     return tuple(told) if all(told) else (None, None)
+
+
+def _shim_of(pid):
+    for one in processes.lineage(pid):
+        found = processes.stat(one)
+        if found is not None and found.command.startswith(_SHIM):
+            return one
+    return None
 
 
 def _argument(arguments, name):

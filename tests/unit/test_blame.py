@@ -223,6 +223,18 @@ def test_a_shim_was_told_of_its_container(start, tmp_path, host):
     assert found["image"] is None
 
 
+def test_a_process_is_in_the_container_of_its_shim(start, tmp_path, host):
+    script = "sleep 60 & echo $!; read x; kill %1"
+    argv = ["bash", "-c", "exec -a shim %s -c '%s' x -namespace prod -id vm-1" % (bash(tmp_path), script)]
+    shim = start(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    pid = int(shim.stdout.readline())
+    try:
+        assert blame.parent(pid, host)["container"] == "vm-1"
+        assert blame.parent(os.getpid(), host)["container"] == blame.container_of(blame._text(os.getpid(), "cgroup"))[0]
+    finally:
+        os.kill(pid, signal.SIGKILL)
+
+
 @pytest.mark.parametrize("arguments", [("x",), ("x", "-namespace", "prod"), ("x", "-namespace", "a/b", "-id", "vm-1"),
                                        ("x", "-namespace", "prod", "-id")])
 def test_a_shim_that_was_told_nothing_of_use(start, tmp_path, arguments):
