@@ -41,6 +41,7 @@ TIME = {1: ("seconds", INT), 2: ("nanos", INT)}
 CONTAINER = {
     1: ("id", TEXT),
     2: ("labels", LABELS),
+    3: ("image", TEXT),
     6: ("snapshotter", TEXT),
     7: ("snapshot_key", TEXT),
     8: ("created_at", TIME),
@@ -97,8 +98,8 @@ class Client:
     def containers(self):
         return [answer["container"] for answer in self._stream("containers.v1.Containers/ListStream")]
 
-    def container(self, name):
-        return self._call("containers.v1.Containers/Get", id=name)["container"]
+    def container(self, name, timeout=CALL_SECONDS):
+        return self._call("containers.v1.Containers/Get", timeout, id=name)["container"]
 
     def delete_container(self, name):
         self._call("containers.v1.Containers/Delete", id=name)
