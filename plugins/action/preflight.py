@@ -8,6 +8,7 @@ import json
 
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 from ansible.plugins.action import ActionBase
+from ansible_collections.microvm.reaper.plugins.module_utils.resource import VM_ID
 from ansible_collections.microvm.reaper.plugins.plugin_utils import inputs, sources
 from ansible_collections.microvm.reaper.plugins.plugin_utils.manifest import ManifestError
 from ansible_collections.microvm.reaper.plugins.plugin_utils.planner import (
@@ -18,6 +19,8 @@ from ansible_collections.microvm.reaper.plugins.plugin_utils.planner import (
 from ansible_collections.microvm.reaper.plugins.plugin_utils.presets import PresetError, rules
 from ansible_collections.microvm.reaper.plugins.plugin_utils.variables import PREFIX, role_spec, unknown
 from ansible_collections.microvm.reaper.plugins.plugin_utils.words import enumerate_hosts
+
+MOST_THIN_ID = (1 << 24) - 1
 
 
 class ActionModule(ActionBase):
@@ -77,7 +80,7 @@ def _impossible(parameters):
     """Return what the types allow and the meaning does not."""
     problems = []
     try:
-        rules(parameters["reap_presets"], kinds=parameters["reap_kinds"])
+        rules(parameters["reap_presets"], thin_pools=parameters["reap_thin_pools"], kinds=parameters["reap_kinds"])
         if not parameters["reap_presets"]:
             problems.append("reap_presets is empty: nothing would be looked at")
     except PresetError as err:
@@ -91,6 +94,7 @@ def _impossible(parameters):
         complete_policy(dict(policy, host="host"))
     except PolicyError as err:
         problems.append(str(err))
+    problems += _of_thin_pools(parameters["reap_unmapped_thin_ids"], parameters["reap_thin_pools"])
     for name in ("reap_deadline", "reap_manifest_max_age"):
         if parameters[name] <= 0:
             problems.append("%s must be more than 0, not %r" % (name, parameters[name]))
@@ -102,3 +106,16 @@ def _impossible(parameters):
             "the variable empty" % (directory, why)
         )
     return problems
+
+
+def _of_thin_pools(wanted, pools):
+    if wanted != "false" and not pools:
+        return [
+            "reap_unmapped_thin_ids is %s, and reap_thin_pools is empty: name the thin pools that hold volumes of VMs and "
+            "nothing else" % wanted
+        ]
+    return [
+        "reap_thin_pools: %r is not a name that the pool of a VM can have: letters, digits and ._:@+-" % pool
+        for pool in pools
+        if not VM_ID.fullmatch("thin:%s:%d" % (pool, MOST_THIN_ID))
+    ]

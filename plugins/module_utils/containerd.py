@@ -28,6 +28,7 @@ RULE = {
     "label": {"type": "str"},
     "address": {"type": "str", "default": ADDRESS},
 }
+SNAPSHOTTERS = "io.containerd.snapshotter.v1"
 GC_ROOT = "containerd.io/gc.root"
 GC_REFERENCE = "containerd.io/gc.ref.snapshot."
 IDENTIFIER = re.compile(r"[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*")
@@ -54,6 +55,9 @@ SNAPSHOT = {
     6: ("labels", LABELS),
 }
 MOUNT = {1: ("type", TEXT), 2: ("source", TEXT), 4: ("options", [TEXT])}
+NAMESPACE = {1: ("name", TEXT)}
+STATUS = {1: ("code", INT), 2: ("message", TEXT)}
+PLUGIN = {1: ("type", TEXT), 2: ("id", TEXT), 7: ("init_err", STATUS)}
 LEASE = {1: ("id", TEXT)}
 LEASED = {1: ("id", TEXT), 2: ("type", TEXT)}
 BLOB = {1: ("digest", TEXT), 5: ("labels", LABELS)}
@@ -64,6 +68,8 @@ CONTAINER_ID = {1: ("container_id", TEXT)}
 KEY = {1: ("snapshotter", TEXT), 2: ("key", TEXT)}
 # The calls: what is asked with, and what each message of the answer holds.
 CALLS = {
+    "namespaces.v1.Namespaces/List": (NOTHING, {1: ("namespaces", [NAMESPACE])}),
+    "introspection.v1.Introspection/Plugins": (NOTHING, {1: ("plugins", [PLUGIN])}),
     "containers.v1.Containers/Get": (ID, {1: ("container", CONTAINER)}),
     "containers.v1.Containers/ListStream": (NOTHING, {1: ("container", CONTAINER)}),
     "containers.v1.Containers/Delete": (ID, NOTHING),
@@ -92,6 +98,16 @@ class Client:
         self.address = address
         self.namespace = namespace
         self.host = host
+
+    def namespaces(self):
+        """Return the names of all namespaces of this daemon."""
+        return [one["name"] for one in self._call("namespaces.v1.Namespaces/List")["namespaces"]]
+
+    def has_snapshotter(self, snapshotter):
+        """Tell whether the daemon has that snapshotter, and could load it."""
+        plugins = self._call("introspection.v1.Introspection/Plugins")["plugins"]
+        wanted = (SNAPSHOTTERS, snapshotter)
+        return any((one["type"], one["id"]) == wanted and one["init_err"] is None for one in plugins)
 
     def containers(self):
         return [answer["container"] for answer in self._stream("containers.v1.Containers/ListStream")]
@@ -193,6 +209,13 @@ def clients(kind, rules, host):
         raise Absent("no containerd here: there is no %s" % ", ".join(sorted(addresses)))
     wanted = {(_address(rule), rule["namespace"]) for rule in rules if _address(rule) in there}
     return [Client(address, namespace, host) for address, namespace in sorted(wanted)]
+
+
+def all_clients(address, host):
+    """Return a Client for every namespace of the daemon at that address, none where there is no daemon."""
+    if not _exists(address):
+        return []
+    return [Client(address, namespace, host) for namespace in sorted(Client(address, "default", host).namespaces())]
 
 
 def client_for(kind, token, rules, host):

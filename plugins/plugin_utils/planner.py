@@ -40,6 +40,7 @@ ELSEWHERE = "elsewhere"
 GRADES = (TOMBSTONED, ABSENT)
 RUNNING_POLICIES = ("never", TOMBSTONED, CONFIRMED)
 ZOMBIE_POLICIES = ("report", "notify_parent")
+THIN_ID_POLICIES = ("false", "report", "true")
 
 # What a plan decides of the ledger; the rest is bookkeeping of the host.
 LEDGER_KEYS = ("host", "machine_id", "manifest", "strikes", "intents", "reaped", "latch")
@@ -53,6 +54,7 @@ DEFAULT_POLICY = {
     "min_age": 60,
     "running": TOMBSTONED,
     "zombies": "notify_parent",
+    "unmapped_thin_ids": "false",
     "keep": [],
     "reused_ids": [],
     "adopt_host": False,
@@ -86,7 +88,12 @@ def complete_policy(policy):
         full[key] = _checked_number(key, full[key], 0, 100)
     if not isinstance(full["adopt_host"], bool):
         raise PolicyError("reap_adopt_host must be true or false, not %r" % (full["adopt_host"],))
-    for key, allowed in (("running", RUNNING_POLICIES), ("zombies", ZOMBIE_POLICIES)):
+    full["unmapped_thin_ids"] = str(full["unmapped_thin_ids"]).lower()
+    for key, allowed in (
+        ("running", RUNNING_POLICIES),
+        ("zombies", ZOMBIE_POLICIES),
+        ("unmapped_thin_ids", THIN_ID_POLICIES),
+    ):
         if full[key] not in allowed:
             raise PolicyError("reap_%s must be one of %s, not %r" % (key, ", ".join(allowed), full[key]))
     try:
@@ -569,6 +576,9 @@ def _tokens(families, kinds, judge):
                 continue
             if member["kind"] == "zombie" and judge.policy["zombies"] == "report":
                 _hold(member, "zombie", "only its parent %s can reap it (reap_zombies is report)" % member["parent"])
+            elif member["kind"] == "thin_id" and judge.policy["unmapped_thin_ids"] != "true":
+                why = "unmapped thin id, reap_unmapped_thin_ids is %s" % judge.policy["unmapped_thin_ids"]
+                _hold(member, "unmapped_thin_id", why)
             else:
                 going[_key(member)] = member
     while _hold_back(going) or _hold_busy(going, kinds):

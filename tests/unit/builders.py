@@ -15,8 +15,9 @@ TRAITS = {
     "snapshot": {"order": 1, "stops": False, "depends_on": ["container"], "resumes": False},
     "jail": {"order": 2, "stops": False, "depends_on": ["cgroup"], "resumes": False},
     "dm_thin": {"order": 3, "stops": False, "depends_on": ["cgroup", "container", "snapshot"], "resumes": True},
-    "cgroup": {"order": 4, "stops": True, "depends_on": [], "resumes": False},
-    "zombie": {"order": 5, "stops": False, "depends_on": [], "resumes": False},
+    "thin_id": {"order": 4, "stops": False, "depends_on": ["container", "snapshot", "dm_thin"], "resumes": False},
+    "cgroup": {"order": 5, "stops": True, "depends_on": [], "resumes": False},
+    "zombie": {"order": 6, "stops": False, "depends_on": [], "resumes": False},
 }
 
 
