@@ -23,6 +23,7 @@ BRANCH, LEAF, META = 0x01, 0x02, 0x04
 IS_BUCKET = 0x01
 MAX_BYTES = 1 << 26
 PAGE_SIZES = (1 << 12, 1 << 13, 1 << 14, 1 << 15, 1 << 16)
+MAX_DEPTH = 64
 TRIES = 20
 PAUSE = 0.05
 
@@ -57,21 +58,22 @@ def parse(data, path):
     _transaction, page_size, root = _newest(data, path)
     try:
         return _Pages(data, page_size).bucket(root, 0)
-    except (struct.error, ValueError, RecursionError) as err:
+    except (struct.error, ValueError, OverflowError) as err:
         raise ProbeError("the database %s is corrupt: %s" % (path, err)) from err
 
 
 class _Pages:
-    """The pages of a database; each leads to a value once."""
+    """The pages of a database. Each byte belongs to one thing, so what takes more than there are leads in a circle."""
 
     def __init__(self, data, page_size):
         self.data = data
         self.page_size = page_size
         self.seen = set()
+        self.left = len(data)
 
     def bucket(self, number, depth):
         """Return the keys and values below a page."""
-        if number in self.seen or depth > 64:
+        if number in self.seen:
             raise ValueError("page %d leads to itself" % number)
         self.seen.add(number)
         return self._below(number * self.page_size, depth)
@@ -79,6 +81,8 @@ class _Pages:
     def _below(self, at, depth):
         _number, kind, count, _more = _PAGE.unpack_from(self.data, at)
         found, first = {}, at + _PAGE.size
+        if depth > MAX_DEPTH:
+            raise ValueError("buckets in buckets without an end")
         if kind & BRANCH:
             for one in range(count):
                 found.update(self.bucket(_BRANCH.unpack_from(self.data, first + one * _BRANCH.size)[2], depth + 1))
@@ -87,10 +91,12 @@ class _Pages:
                 place = first + one * _LEAF.size
                 flags, position, key_size, size = _LEAF.unpack_from(self.data, place)
                 begin = place + position + key_size
-                if begin + size > len(self.data):
-                    raise ValueError("a value is longer than the file")
+                is_bucket = flags & IS_BUCKET
+                self.left -= _LEAF.size + key_size + (_BUCKET.size if is_bucket else size)
+                if self.left < 0 or begin + size > len(self.data):
+                    raise ValueError("values that are longer than the file")
                 key = self.data[begin - key_size : begin]
-                found[key] = self._nested(begin, depth) if flags & IS_BUCKET else self.data[begin : begin + size]
+                found[key] = self._nested(begin, depth) if is_bucket else self.data[begin : begin + size]
         else:
             raise ValueError("a page with the flags %#x" % kind)
         return found

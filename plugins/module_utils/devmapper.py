@@ -42,24 +42,32 @@ def named(pools, used, addresses, host):
     ``pools`` are the names of all pools of the host, ``used`` those in which a device has a name as the snapshotter
     gives it, ``addresses`` the sockets of containerd.
     """
+    # Before its records: what it makes meanwhile is in them, and no more.
+    snapshots = sum(_snapshots(address, host) for address in addresses)
     databases = _databases(pools)
     for pool in sorted(set(used) - set(databases)):
         raise ProbeError(
             "pool %s has devices that are called as those of containerd's devmapper snapshotter, whose records (%s.db) "
             "are not to be found" % (pool, pool)
         )
-    if not databases and any(_has_snapshots(address, host) for address in addresses):
-        raise ProbeError("containerd has snapshots in a thin pool, but its records of their ids are not to be found")
-    found = {}
+    found, devices = {}, 0
     for pool, paths in databases.items():
-        found[pool] = {}
+        found[pool], names = {}, set()
         for path in sorted(paths):
-            found[pool].update(thin_ids(bolt.read(path), path))
+            ids, names_there = thin_ids(bolt.read(path), path)
+            found[pool].update(ids)
+            names |= names_there
+        devices += len(names)
+    if devices < snapshots:
+        raise ProbeError(
+            "containerd has %d snapshots in thin pools, and what is to be found of its records has %d devices: which "
+            "thin ids are its own is not known" % (snapshots, devices)
+        )
     return found
 
 
 def thin_ids(database, path):
-    """Return ``{thin id: device name}`` of all ids that are not free."""
+    """Return ``({thin id: device name}, {device name})``: all ids that are not free, and the devices it knows."""
     devices, states = database.get(b"devices"), database.get(b"device_ids")
     if not isinstance(devices, dict) or not isinstance(states, dict):
         raise ProbeError("%s is no database of containerd's devmapper snapshotter" % path)
@@ -69,7 +77,7 @@ def thin_ids(database, path):
             found[int(json.loads(text.decode())["device_id"])] = name.decode("utf-8", "replace")
     except (ValueError, KeyError, TypeError, AttributeError) as err:
         raise ProbeError("%s has a record that is not understood: %s" % (path, err)) from err
-    return found
+    return found, set(devices)
 
 
 def _databases(pools):
@@ -127,9 +135,9 @@ def _configured(pools):
                 yield pool, one
 
 
-def _has_snapshots(address, host):
-    return any(
-        client.snapshots(SNAPSHOTTER)
-        for client in containerd.all_clients(address, host)
-        if client.has_snapshotter(SNAPSHOTTER)
-    )
+def _snapshots(address, host):
+    """Return how many snapshots the daemon at that address has in thin pools, in all namespaces."""
+    clients = containerd.all_clients(address, host)
+    if not clients or not clients[0].has_snapshotter(SNAPSHOTTER):
+        return 0
+    return sum(len(client.snapshots(SNAPSHOTTER)) for client in clients)
