@@ -67,6 +67,7 @@ REASONS = {
     "unproven": "A list that is not proven earns strikes and no removal: the live source has to prove itself complete.",
     "unreadable": "It is left alone until that can be read again: what could not be read is not free.",
     "zombie": "With reap_zombies=notify_parent the parent is told, with restart_unit its unit may be restarted.",
+    "unmapped_thin_id": "With reap_unmapped_thin_ids=true it goes; nothing tells whose it was.",
     "busy": "Find out what uses it and end that; nothing is forced.",
 }
 HELD_BY_SOMETHING = "It goes in a sweep after that is gone; nothing is forced."

@@ -45,6 +45,7 @@ GRADES = (TOMBSTONED, ABSENT)
 RUNNING_POLICIES = ("never", TOMBSTONED, CONFIRMED)
 REPORT, RESTART_UNIT, WITH_FAMILY = "report", "restart_unit", "with_family"
 ZOMBIE_POLICIES = (REPORT, "notify_parent", RESTART_UNIT, WITH_FAMILY)
+THIN_ID_POLICIES = ("false", "report", "true")
 
 # What a plan decides of the ledger; the rest is bookkeeping of the host.
 LEDGER_KEYS = ("host", "machine_id", "manifest", "strikes", "intents", "aside", "reaped", "latch")
@@ -70,6 +71,7 @@ DEFAULT_POLICY = {
     "running": TOMBSTONED,
     "zombies": "notify_parent",
     "zombies_restart_units": [],
+    "unmapped_thin_ids": "false",
     "keep": [],
     "reused_ids": [],
     "adopt_host": False,
@@ -103,7 +105,12 @@ def complete_policy(policy):
         full[key] = _checked_number(key, full[key], 0, 100)
     if not isinstance(full["adopt_host"], bool):
         raise PolicyError("reap_adopt_host must be true or false, not %r" % (full["adopt_host"],))
-    for key, allowed in (("running", RUNNING_POLICIES), ("zombies", ZOMBIE_POLICIES)):
+    full["unmapped_thin_ids"] = str(full["unmapped_thin_ids"]).lower()
+    for key, allowed in (
+        ("running", RUNNING_POLICIES),
+        ("zombies", ZOMBIE_POLICIES),
+        ("unmapped_thin_ids", THIN_ID_POLICIES),
+    ):
         if full[key] not in allowed:
             raise PolicyError("reap_%s must be one of %s, not %r" % (key, ", ".join(allowed), full[key]))
     try:
@@ -648,6 +655,9 @@ def _going(families, kinds, judge):
             if member["kind"] == "zombie" and judge.policy["zombies"] == REPORT:
                 why = "reap_zombies is report"
                 _hold_zombie(member, "only its parent %%s can reap it (%s)" % why, why)
+            elif member["kind"] == "thin_id" and judge.policy["unmapped_thin_ids"] != "true":
+                why = "unmapped thin id, reap_unmapped_thin_ids is %s" % judge.policy["unmapped_thin_ids"]
+                _hold(member, "unmapped_thin_id", why)
             else:
                 going[_key(member)] = member
     while _hold_back(going) or _hold_busy(going, kinds):

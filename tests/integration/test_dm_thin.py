@@ -33,9 +33,10 @@ DRIVER = r"""
 import json, os, subprocess, sys, time
 sys.path.insert(0, "/tmp/reaper")
 from ansible_collections.microvm.reaper.plugins.module_utils import dm, probe
-from ansible_collections.microvm.reaper.plugins.module_utils.kinds import dm_thin
+from ansible_collections.microvm.reaper.plugins.module_utils.kinds import dm_thin, thin_id
 
 ask = json.load(sys.stdin)
+kind = {"dm_thin": dm_thin, "thin_id": thin_id}[ask["kind"]]
 run = probe.Host.run
 ran = []
 
@@ -58,11 +59,11 @@ host.boot_id = ask.get("boot_id") or host.boot_id
 begin = time.monotonic()
 try:
     if ask["act"] == "collect":
-        result = dm_thin.collect(ask["rules"], host)
+        result = kind.collect(ask["rules"], host)
     elif ask["act"] == "prepare":
-        result = dm_thin.prepare(ask["tokens"], ask["rules"], host)
+        result = kind.prepare(ask["tokens"], ask["rules"], host)
     else:
-        result = [getattr(dm_thin, ask["act"])(token, ask["rules"], host) for token in ask["tokens"]]
+        result = [getattr(kind, ask["act"])(token, ask["rules"], host) for token in ask["tokens"]]
     answer = {"result": result}
 except Exception as err:
     answer = {"error": type(err).__name__, "text": str(err)}
@@ -72,6 +73,8 @@ print(json.dumps(dict(answer, seconds=time.monotonic() - begin, commands=ran)))
 
 class Reaper:
     """A test host, seen through dmsetup and through the collection's code."""
+
+    kind = "dm_thin"
 
     def __init__(self, state):
         inventory = (state / "inventory.yml").read_text()
@@ -96,7 +99,7 @@ class Reaper:
 
     def ask(self, act, tokens=(), rules=None, before=(), seconds=30, **more):
         """Return the driver's answer, None when it was killed on the way."""
-        ask = dict(more, act=act, tokens=list(tokens), rules=rules or RULES, before=list(before), seconds=seconds)
+        ask = dict(more, kind=self.kind, act=act, tokens=list(tokens), rules=rules or RULES, before=list(before), seconds=seconds)
         text = self.shell("python3 /tmp/driver.py || [ $? = 9 ]", data=json.dumps(ask).encode())
         return json.loads(text) if text else None
 

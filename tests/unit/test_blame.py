@@ -229,6 +229,8 @@ def test_a_process_is_in_the_container_of_its_shim(start, tmp_path, host):
     shim = start(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     pid = int(shim.stdout.readline())
     try:
+        while processes.stat(pid).command != "sleep":  # until then it is a copy of the shim
+            time.sleep(0.01)
         assert blame.parent(pid, host)["container"] == "vm-1"
         assert blame.parent(os.getpid(), host)["container"] == blame.container_of(blame._text(os.getpid(), "cgroup"))[0]
     finally:

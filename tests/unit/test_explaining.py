@@ -222,7 +222,7 @@ def test_no_code_of_the_planner_or_the_brake_is_without_a_sentence():
     reasons = codes(planner, "_reason")
     assert {"too_young", "absent", "running"} <= reasons
     members = codes(planner, "_hold", place=1)
-    assert members == {"zombie", "busy", "hold"}
+    assert members == {"zombie", "busy", "hold", "unmapped_thin_id"}
     assert reasons | members == set(explaining.REASONS)
     refusals = codes(planner, "_refusal")
     assert {"blind", "host_cap", "latched"} <= refusals

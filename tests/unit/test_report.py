@@ -31,7 +31,7 @@ def test_a_quiet_sweep():
     quiet = plan(facts(thing("cgroup", "v1"), absent=["dm_thin"]), share(live=["v1"]))
     assert text({"h1": host(quiet, absent={"dm_thin": "the kernel has no device-mapper"})}) == (
         "microvm.reaper: realm prod, 1 host, 12 VMs live by file live.yml: nothing to reap\n"
-        "h1: looked at cgroup, container, jail, snapshot, zombie; not on this host: dm_thin (the kernel has no"
+        "h1: looked at cgroup, container, jail, snapshot, thin_id, zombie; not on this host: dm_thin (the kernel has no"
         " device-mapper)"
     )
 
@@ -53,8 +53,8 @@ def test_a_busy_sweep():
         "h2    cgroup     0          1          0       0      0     0       0           -",
         "h1: jail held (process): v3: held by process 77 (sh)",
         "h1: jail v2.jail FAILED: No space left on device",
-        "h1: looked at cgroup, container, dm_thin, jail, snapshot, zombie",
-        "h2: looked at cgroup, dm_thin, jail, snapshot, zombie; COULD NOT READ container (no answer)",
+        "h1: looked at cgroup, container, dm_thin, jail, snapshot, thin_id, zombie",
+        "h2: looked at cgroup, dm_thin, jail, snapshot, thin_id, zombie; COULD NOT READ container (no answer)",
     ])
 
 
