@@ -104,7 +104,7 @@ def foresee(tokens, hands):
     return [_foreseen(token, hands.do("inspect", token), going, stopping) for token in tokens]
 
 
-def spared(plan, spare):
+def spared(plan, spare, because="spared"):
     """Return the plan without the VMs in ``spare``, ``{vm_id: why}``, and the OUTCOMEs of what it does not do then.
 
     A removal that was begun in an earlier sweep is remembered on.
@@ -112,7 +112,7 @@ def spared(plan, spare):
     left = [token for token in plan["reap"] if token["vm_id"] in spare]
     ledger = dict(plan["ledger"], intents=plan["ledger"]["intents"] + [one for one in left if one.get("resume")])
     going = [token for token in plan["reap"] if token["vm_id"] not in spare]
-    outcomes = [r.outcome(token, r.DEFERRED, "spared: %s" % spare[token["vm_id"]]) for token in left]
+    outcomes = [r.outcome(token, r.DEFERRED, "%s: %s" % (because, spare[token["vm_id"]])) for token in left]
     return dict(plan, reap=going, ledger=ledger), outcomes
 
 
@@ -126,10 +126,11 @@ def _foreseen(token, found, going, stopping):
     return found
 
 
-def apply(plan, hands, state_dir, realm, tell=lambda problem: None):
+def apply(plan, hands, state_dir, realm, tell=lambda problem: None, evidence=None):
     """Carry out ``plan`` under the host's lock; return the outcomes. Raises Busy or LedgerError before any act.
 
-    ``tell`` hears, after the acts, what of them could not be written down.
+    ``tell`` hears, after the acts, what of them could not be written down. ``evidence`` is an evidence.Evidence, or
+    None where none is to be kept.
     """
     with ledgers.Lock(state_dir):
         ledger = ledgers.load(state_dir, realm)[0]
@@ -138,8 +139,10 @@ def apply(plan, hands, state_dir, realm, tell=lambda problem: None):
                 "another reaper has written this host's ledger since the plan was made (generation %d, now %d)"
                 % (plan["generation"], ledger["generation"])
             )
-        tokens = hands.prepare(plan["reap"])
         journal = journals.Journal(state_dir, realm)
+        lacking = evidence.take(plan, hands, journal.sweep) if evidence else {}
+        plan, left = spared(plan, lacking, "no evidence")
+        tokens = hands.prepare(plan["reap"])
         try:
             journal.intents(plan, tokens)
             decided = dict(ledger, **plan["ledger"])
@@ -149,7 +152,7 @@ def apply(plan, hands, state_dir, realm, tell=lambda problem: None):
                 "%s; nothing was removed, because a sweep that cannot remember must not reap" % err
             ) from err
         if not tokens:
-            return []
+            return left
         outcomes = carry_out(tokens, hands, list(hands.kinds))
         # What was done has to be told even if it cannot be written down: the intents stay, the next sweep settles them.
         after = settled(dict(decided, generation=saved["generation"]), tokens, outcomes)
@@ -161,7 +164,9 @@ def apply(plan, hands, state_dir, realm, tell=lambda problem: None):
                 write()
             except ledgers.LedgerError as err:
                 tell("what was done could not be written down: %s" % err)
-        return outcomes
+        if evidence:
+            evidence.follow(outcomes)
+        return outcomes + left
 
 
 def begun(ledger, tokens):

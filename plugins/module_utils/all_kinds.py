@@ -16,6 +16,11 @@ Adding a kind is adding a file in kinds/ and naming it in ORDER. A kind is a mod
 ``stop(token, rules, host)``     -> None when nothing runs in it any more, else an OUTCOME (only where STOPS)
 ``remove(token, rules, host)``   -> OUTCOME; re-reads the identity itself, acts, and verifies that it is gone
 
+``witness(token, rules, host)`` -> optional: ``[{"title", "source", "text"}]``, what there is to see of the object that
+                                 the token names, for the evidence kept of it (evidence.py); what it cuts it says. Reads
+                                 only, and is called in a child of its own, before the acts. ``host.once()`` reads what
+                                 is the same for all tokens
+``logs_of(outcome, rules)``      -> optional: ``(base, names below it, globs)`` of the logs of what was moved aside
 ``prepare(tokens, rules, host)`` -> optional: ``{name: details to add}`` to tokens of the kind, before anything is done
 
 Every function may raise ProbeError or OSError; the caller turns these into a failed outcome.

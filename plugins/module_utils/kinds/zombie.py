@@ -17,6 +17,7 @@ import time
 
 from .. import processes, safe_tree
 from .. import resource as r
+from ..probe import ProbeError
 
 KIND = "zombie"
 STOPS = False
@@ -93,6 +94,19 @@ def remove(token, rules, host):
         ", which is stopped," if parent.state in "Tt" else "",
     )
     return r.outcome(token, r.DEFERRED, message, holders=[r.holder("process", name)])
+
+
+def witness(token, _rules, host):
+    """Return the status of the zombie, which is all that is left of it, and who has not waited for it."""
+    process = _current(token)
+    if process is None or _identity(host, process) != token["identity"]:
+        raise ProbeError("it is gone, or another process has its pid now")
+    text = "%s== parent %s\n== its cgroup\n%s" % (
+        processes.read(process.pid, "status") or "",
+        processes.described(process.parent),
+        processes.read(process.parent, "cgroup") or "",
+    )
+    return [{"title": KIND, "source": "/proc/%d/status" % process.pid, "text": text}]
 
 
 class _Claim:
