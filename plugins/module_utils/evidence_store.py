@@ -110,6 +110,9 @@ class Store:
         self.percent = percent
         self.max_bytes = max_bytes
         self._directory = -1
+        # {name: bytes it takes}, a heap of (rank, name), {id of the VM as in names: its latest}
+        self._sizes, self._ranks, self._newest, self._total = {}, [], {}, 0
+        self._forgotten = []
         try:
             for path in (state_dir, os.path.dirname(self.path), self.path):
                 ledgers.own_directory(path)
@@ -178,13 +181,12 @@ class Store:
         for name in self._forgotten:
             with contextlib.suppress(OSError):
                 os.unlink(name, dir_fd=self._directory)
-        self._forgotten = []
+        self._forgotten.clear()
         while self._sizes and (self._total > self._limit() or len(self._sizes) > MAX_BUNDLES):
             if not self._drop_least(len(CAUSES)):
                 return
 
     def _list(self):
-        self._sizes, self._ranks, self._newest, self._total, self._forgotten = {}, [], {}, 0, []
         with os.scandir(self._directory) as entries:
             for entry in entries:
                 is_new = entry.name.endswith(NEW)

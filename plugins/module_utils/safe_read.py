@@ -9,6 +9,7 @@ may act on being opened; only a regular one is read, and what happens to it mean
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import errno
 import fnmatch
@@ -52,9 +53,10 @@ class Reader:
 
     def listing(self, limit, depth):
         """Return lines as of ``ls -l``, breadth first, of at most ``limit`` entries; the last one says what was cut."""
-        lines, waiting = [], [()]
+        lines = []
+        waiting: collections.deque = collections.deque([()])
         while waiting:
-            names = waiting.pop(0)
+            names = waiting.popleft()
             for name, status in self._entries(names):
                 if len(lines) >= limit:
                     return lines + ["... cut: there is more"]
