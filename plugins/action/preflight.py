@@ -8,7 +8,7 @@ import json
 
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 from ansible.plugins.action import ActionBase
-from ansible_collections.microvm.reaper.plugins.plugin_utils import inputs, sources
+from ansible_collections.microvm.reaper.plugins.plugin_utils import inputs, publishing, sources
 from ansible_collections.microvm.reaper.plugins.plugin_utils.manifest import ManifestError
 from ansible_collections.microvm.reaper.plugins.plugin_utils.planner import (
     DEFAULT_POLICY,
@@ -91,9 +91,15 @@ def _impossible(parameters):
         complete_policy(dict(policy, host="host"))
     except PolicyError as err:
         problems.append(str(err))
-    for name in ("reap_deadline", "reap_manifest_max_age"):
+    for name in ("reap_deadline", "reap_manifest_max_age", "reap_evidence_seconds", "reap_evidence_bytes"):
         if parameters[name] <= 0:
             problems.append("%s must be more than 0, not %r" % (name, parameters[name]))
+    if not 1 <= parameters["reap_evidence_percent"] <= 50:
+        problems.append("reap_evidence_percent must be from 1 to 50, not %r" % parameters["reap_evidence_percent"])
+    if parameters["reap_evidence_max_bytes"] < 0:
+        problems.append("reap_evidence_max_bytes must not be less than 0")
+    if parameters["reap_webhook_url"] and publishing.shown(parameters["reap_webhook_url"]) is None:
+        problems.append("reap_webhook_url must be a URL of http or https, such as https://control.example/hook")
     directory = parameters["reap_save_inputs"]
     why = inputs.unwritable(directory) if directory else None
     if why:
