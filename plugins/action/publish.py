@@ -8,6 +8,7 @@ import os
 
 from ansible import constants as C
 from ansible.plugins.action import ActionBase
+from ansible.utils.display import Display
 from ansible_collections.microvm.reaper.plugins.plugin_utils import publishing
 
 
@@ -44,5 +45,6 @@ class ActionModule(ActionBase):
         )
         result["published"] = result["error"] is None
         if result["error"]:
-            result["warnings"] = ["the end of these VMs was not published: %s" % result["error"]]
+            # Not as a warning of the result, which is not shown where results that are ok are not.
+            Display().warning("the end of these VMs was not published: %s" % result["error"])
         return result
