@@ -8,7 +8,6 @@ import os
 
 from ansible import constants as C
 from ansible.plugins.action import ActionBase
-from ansible.utils.display import Display
 from ansible_collections.microvm.reaper.plugins.plugin_utils import publishing
 
 
@@ -45,6 +44,5 @@ class ActionModule(ActionBase):
         )
         result["published"] = result["error"] is None
         if result["error"]:
-            # Not as a warning of the result, which is not shown where results that are ok are not.
-            Display().warning("the end of these VMs was not published: %s" % result["error"])
+            result["warnings"] = ["the end of these VMs was not published: %s" % result["error"]]
         return result
