@@ -80,9 +80,9 @@ class Evidence:
                     why = self._one(store, witnesses, dict(common, **_about(plan, vm_id, tokens)), tokens, spent)
                     if why is not None:
                         lacking[vm_id] = why
-        except EvidenceError as err:
-            self._fail(str(err), len(families))
-            lacking = dict.fromkeys(families, str(err))
+        except Exception as err:  # whatever it is, it must not stop a reap
+            self._fail(_words(err))
+            lacking = dict.fromkeys(families, _words(err))
         return lacking if self._options["required"] else {}
 
     def follow(self, outcomes):
@@ -107,8 +107,7 @@ class Evidence:
     def _store(self):
         return Store(self._state_dir, self._realm, self._options["percent"], self._options["max_bytes"])
 
-    def _fail(self, text, count=1):
-        self._said["failed"] += count
+    def _fail(self, text):
         if len(self._failed) < MAX_TOLD:
             self._failed.append(text)
 
@@ -152,9 +151,9 @@ class Evidence:
             name = name_of(metadata["seconds"], vm_id, metadata["cause"], metadata["sweep"])
             data = packed(metadata, sections)
             store.write(name, data)
-        except EvidenceError as err:
-            self._fail("%s: %s" % (vm_id, err))
-            return str(err)
+        except Exception as err:  # whatever it is, it is the evidence of this family only
+            self._fail("%s: %s" % (vm_id, _words(err)))
+            return _words(err)
         self._bundles[vm_id] = name
         self._said["written"] += 1
         self._said["bytes"] += len(data)
@@ -298,6 +297,11 @@ def _about(plan, vm_id, tokens):
         "strikes": family.get("strikes"),
         "resources": [{key: token[key] for key in ("kind", "name", "identity")} for token in tokens],
     }
+
+
+def _words(err):
+    """Return what an error says, with its kind where it is none of ours."""
+    return str(err) if isinstance(err, EvidenceError) else "%s: %s" % (type(err).__name__, err)
 
 
 def _failure(token, why):

@@ -398,6 +398,18 @@ def test_a_store_that_cannot_be_used_stops_nothing_unless_evidence_is_required(s
         assert ledgers.load(state, REALM)[0]["reaped"] == {}
 
 
+@pytest.mark.parametrize("required", [False, True])
+@pytest.mark.parametrize("place", ["Worker", "packed", "name_of", "_Witnesses", "_about"])
+def test_nothing_that_goes_wrong_with_evidence_stops_a_reap(state, monkeypatch, place, required):
+    def fail(*_arguments):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(evidence, place, fail)
+    outcomes, result = reaped(state, [token("cgroup/a")], kind("cgroup"), required=required)
+    assert [one["outcome"] for one in outcomes] == ["deferred" if required else "reaped"]
+    assert "Cannot allocate memory" in result["failed"][0] and result["written"] == 0
+
+
 def slow(token, rules, host):
     time.sleep(0.2)
     return [seen(token)]
@@ -584,6 +596,19 @@ def test_a_mount_that_the_table_did_not_have_yet_is_not_entered(namespace, base,
         with pytest.raises(safe_read.Unreadable, match="mounted"):
             reader.end_of(("root", "logs", "a.log"), 100)
     libc.umount2(os.fsencode(path / "root" / "logs"), 2)
+
+
+def test_what_is_mounted_is_not_even_asked_what_it_is(base):
+    path = make(base)
+    (path / "root" / "logs" / "x").touch()
+    point = mount_table.Mount(1, 0, "0:99", "/", str(path / "root" / "logs"), False, "nfs")
+    with reader_of(base) as tree:
+        reader = safe_read.Reader(tree, [point])
+        assert any(line.startswith("?  root/logs") for line in reader.listing(100, 6))
+        assert reader.matching(["root/logs/*", "root/l*/x", "root/logs", "root/l*"], 10) == []
+        for names in (("root", "logs", "x"), ("root", "logs")):
+            with pytest.raises(safe_read.Unreadable, match="mounted"):
+                reader.end_of(names, 100)
 
 
 def reader_of(base):
