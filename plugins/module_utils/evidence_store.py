@@ -110,8 +110,9 @@ class Store:
         self.percent = percent
         self.max_bytes = max_bytes
         self._directory = -1
-        # {name: bytes it takes}, a heap of (rank, name), {id of the VM as in names: its latest}
+        # {name: bytes it takes}, a heap of (rank, name), {id of the VM as in names: its latest}, bytes by rank
         self._sizes, self._ranks, self._newest, self._total = {}, [], {}, 0
+        self._by_rank = [0] * len(CAUSES)
         self._forgotten = []
         try:
             for path in (state_dir, os.path.dirname(self.path), self.path):
@@ -205,10 +206,15 @@ class Store:
         size = -(-size // BLOCK) * BLOCK
         if name not in self._sizes:
             heapq.heappush(self._ranks, (_rank(name), name))
-        self._total += size - self._sizes.get(name, 0)
+        self._count(name, size)
         self._sizes[name] = size
         vm_id = NAME.fullmatch(name).group(2)  # type: ignore[union-attr]
         self._newest[vm_id] = max(name, self._newest.get(vm_id, ""))
+
+    def _count(self, name, size):
+        change = size - self._sizes.get(name, 0)
+        self._total += change
+        self._by_rank[_rank(name)] += change
 
     def _limit(self):
         status = os.fstatvfs(self._directory)
@@ -221,17 +227,17 @@ class Store:
         )
 
     def _make_room(self, name, size):
-        needed = -(-size // BLOCK) * BLOCK
-        while True:
-            more = needed - self._sizes.get(name, 0)
-            if self._total + more <= self._limit() and len(self._sizes) < MAX_BUNDLES:
-                return
-            if not self._drop_least(_rank(name), name):
-                raise EvidenceError(
-                    "no room for %d bytes in the store of evidence %s (it holds %d bytes; reap_evidence_percent, "
-                    "reap_evidence_max_bytes and the free space on its file system limit it)"
-                    % (size, self.path, self._total)
-                )
+        rank, before = _rank(name), self._sizes.get(name, 0)
+        more = -(-size // BLOCK) * BLOCK - before
+        fits = self._total - sum(self._by_rank[: rank + 1]) + before + more <= self._limit()
+        while fits and (self._total + more > self._limit() or len(self._sizes) >= MAX_BUNDLES):
+            fits = self._drop_least(rank, name)
+        if not fits:
+            raise EvidenceError(
+                "no room for %d bytes in the store of evidence %s (it holds %d bytes; reap_evidence_percent, "
+                "reap_evidence_max_bytes and the free space on its file system limit it)"
+                % (size, self.path, self._total)
+            )
 
     def _drop_least(self, rank, but=None):
         """Drop the bundle that matters least, if it does not matter more than the rank; tell whether one was."""
@@ -249,7 +255,8 @@ class Store:
                 except OSError:
                     kept.append(entry)  # immutable, or on a file system that has become read-only
                     return False
-                self._total -= self._sizes.pop(entry[1])
+                self._count(entry[1], 0)
+                del self._sizes[entry[1]]
                 return True
             return False
         finally:

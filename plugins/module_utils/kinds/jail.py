@@ -107,7 +107,7 @@ def log_globs(rules):
     found = []
     for rule in rules:
         for pattern in rule.get("evidence") or ():
-            if pattern.startswith("/") or {"", ".", ".."}.intersection(pattern.split("/")):
+            if {"", ".", ".."}.intersection(pattern.split("/")):
                 raise r.RuleError("jail rule: 'evidence' must be globs relative to the jail: %r" % pattern)
             found += [pattern] if pattern not in found else []
     return found
