@@ -4,14 +4,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 
+from ansible import constants as C
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 from ansible.plugins.action import ActionBase
+from ansible_collections.microvm.reaper.plugins.module_utils.all_kinds import TRAITS
 from ansible_collections.microvm.reaper.plugins.plugin_utils import inputs, publishing, sources
 from ansible_collections.microvm.reaper.plugins.plugin_utils.manifest import ManifestError
 from ansible_collections.microvm.reaper.plugins.plugin_utils.planner import (
     DEFAULT_POLICY,
+    GRADES,
     PolicyError,
     complete_policy,
 )
@@ -37,7 +42,7 @@ class ActionModule(ActionBase):
                 known_good.update([] if found else [key])
                 for problem in found:
                     problems.setdefault(problem, []).append(host)
-        result.update(changed=False, hosts=list(task_vars["ansible_play_batch"]))
+        result.update(changed=False, hosts=list(task_vars["ansible_play_batch"]), sweep=_sweep())
         if problems:
             said = ["%s (%s)" % (problem, enumerate_hosts(hosts)) for problem, hosts in problems.items()]
             result.update(failed=True, msg="nothing was done: " + "; ".join(said), problems=list(problems))
@@ -60,6 +65,12 @@ class ActionModule(ActionBase):
                 if name.startswith(PREFIX)
             }
             yield host, dict(common, **mine)
+
+
+def _sweep():
+    """Return the id of this run, the same for all of its batches: they share nothing but its temporary directory."""
+    run = os.path.basename(C.DEFAULT_LOCAL_TMP)  # type: ignore[attr-defined]
+    return hashlib.sha256(run.encode()).hexdigest()[:16]
 
 
 def check(variables, spec):
@@ -91,6 +102,10 @@ def _impossible(parameters):
         complete_policy(dict(policy, host="host"))
     except PolicyError as err:
         problems.append(str(err))
+    if isinstance(parameters["reap_hold"], dict):
+        known = [*TRAITS, *GRADES]
+        for key in sorted(str(key) for key in set(parameters["reap_hold"]) - set(known)):
+            problems.append("reap_hold has a value for %r, which is none of %s" % (key, ", ".join(known)))
     for name in ("reap_deadline", "reap_manifest_max_age", "reap_evidence_seconds", "reap_evidence_bytes"):
         if parameters[name] <= 0:
             problems.append("%s must be more than 0, not %r" % (name, parameters[name]))

@@ -4,9 +4,6 @@
 
 from __future__ import annotations
 
-import os
-
-from ansible import constants as C
 from ansible.plugins.action import ActionBase
 from ansible_collections.microvm.reaper.plugins.plugin_utils import publishing
 
@@ -26,6 +23,7 @@ class ActionModule(ActionBase):
                 "refused": {"type": "dict", "default": {}},
                 "spare": {"type": "dict", "default": {}},
                 "realm": {"type": "str", "required": True},
+                "sweep": {"type": "str", "default": ""},
                 "url": {"type": "str", "required": True, "no_log": True},
                 "headers": {"type": "dict", "default": {}, "no_log": True},
                 "timeout": {"type": "float", "default": 5},
@@ -37,8 +35,7 @@ class ActionModule(ActionBase):
         result.update(changed=False, published=False, hosts=len(hosts), error=None)
         if not hosts or self._task.check_mode:
             return result
-        run = os.path.basename(C.DEFAULT_LOCAL_TMP)  # type: ignore[attr-defined]
-        document = publishing.document(arguments["realm"], run, hosts)
+        document = publishing.document(arguments["realm"], arguments["sweep"], hosts)
         result["error"] = publishing.post(
             arguments["url"], document, headers=arguments["headers"], timeout=arguments["timeout"]
         )

@@ -28,6 +28,7 @@ class ActionModule(ActionBase):
                 "realm": {"type": "str", "required": True},
                 "hosts": {"type": "list", "elements": "str", "required": True},
                 "variables": {"type": "dict", "required": True},
+                "sweep": {"type": "str", "default": ""},
                 "path": {"type": "path", "default": ""},
             }
         )
@@ -38,7 +39,12 @@ class ActionModule(ActionBase):
         manifest = (first.get(names["manifest"]) or {}).get("manifest")
         abort = _abort(first, names)
         published = first.get(names.get("published")) or {}
-        how = {"check_mode": self._task.check_mode, "abort": abort, "unpublished": published.get("error")}
+        how = {
+            "check_mode": self._task.check_mode,
+            "abort": abort,
+            "sweep": arguments["sweep"],
+            "unpublished": published.get("error"),
+        }
         text = report.text(arguments["realm"], manifest, hosts, **how)
         Display().display(text)
         document = report.as_json(arguments["realm"], manifest, hosts, **how)

@@ -79,6 +79,7 @@ CALLS = {
     "tasks.v1.Tasks/Get": (CONTAINER_ID, {1: ("process", PROCESS)}),
     "tasks.v1.Tasks/List": (NOTHING, {1: ("tasks", [PROCESS])}),
     "tasks.v1.Tasks/Kill": ({1: ("container_id", TEXT), 3: ("signal", INT), 4: ("all", INT)}, NOTHING),
+    "tasks.v1.Tasks/Pause": (CONTAINER_ID, NOTHING),
     "tasks.v1.Tasks/Resume": (CONTAINER_ID, NOTHING),
     "tasks.v1.Tasks/Delete": (CONTAINER_ID, NOTHING),
     "snapshots.v1.Snapshots/Stat": (KEY, {1: ("info", SNAPSHOT)}),
@@ -125,6 +126,9 @@ class Client:
 
     def kill_task(self, name):
         self._call("tasks.v1.Tasks/Kill", container_id=name, signal=signal.SIGKILL, all=True)
+
+    def pause_task(self, name):
+        self._call("tasks.v1.Tasks/Pause", container_id=name)
 
     def resume_task(self, name):
         self._call("tasks.v1.Tasks/Resume", container_id=name)

@@ -26,7 +26,7 @@ from . import ledger as ledgers
 from . import mounts, safe_read, safe_tree
 from .evidence_store import CAUSES, VERSION, EvidenceError, Store, as_bytes, name_of, packed
 from .probe import DeadlineExceeded, ProbeError, Worker, detached
-from .resource import VM_ID
+from .resource import SET_ASIDE, VM_ID
 
 DEFAULTS = {"seconds": 5.0, "bytes": 16 * 1024 * 1024, "percent": 25, "max_bytes": 1024**3, "required": False}
 # Of the time of a sweep's evidence, how much is for reading; in the rest there is metadata only.
@@ -34,7 +34,6 @@ READING_SHARE = 0.8
 MAX_TOLD = 20
 OUT_OF_TIME = "the time for evidence (reap_evidence_seconds) was used up"
 
-SET_ASIDE = "set_aside"
 BACKGROUND_SECONDS = 60
 BACKGROUND_BYTES = 256 * 1024 * 1024
 MAX_LOGS = 50
@@ -65,7 +64,8 @@ class Evidence:
         """
         families = collections.defaultdict(list)
         for token in plan["reap"]:
-            families[token["vm_id"]].append(token)
+            if "since" not in token:  # of what was set aside the sweep that did it has kept evidence
+                families[token["vm_id"]].append(token)
         if not families:
             return {}
         self._rules, self._kinds = hands.rules, hands.kinds

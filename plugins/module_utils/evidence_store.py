@@ -34,9 +34,11 @@ from .resource import VM_ID
 VERSION = 1
 # Why the VM is taken for gone, what matters least first: the control plane itself knows most of a VM it destroyed.
 CAUSES = ("tombstoned", "elsewhere", "absent")
-NAME = re.compile(r"(\d{8}T\d{6}Z)-([A-Za-z0-9][A-Za-z0-9._~@+-]*)-(%s)-([0-9a-f]{16})\.tar\.gz" % "|".join(CAUSES))
+NAME = re.compile(
+    r"(\d{8}T\d{6}Z)-([A-Za-z0-9][A-Za-z0-9._~@+-]*)-(%s)-(\w{1,64})\.tar\.gz" % "|".join(CAUSES), re.ASCII
+)
 NEW = ".new"
-SWEEP = re.compile(r"[0-9a-f]{16}")
+SWEEP = re.compile(r"\w{1,64}", re.ASCII)
 FORGOTTEN_SECONDS = 3600
 MAX_BUNDLES = 20000  # so that to list them stays quick
 MAX_METADATA = 4 * 1024 * 1024

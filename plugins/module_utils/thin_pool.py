@@ -23,8 +23,10 @@ NOTES = "thin-metadata-snapshots.json"
 
 Pool = collections.namedtuple("Pool", "name uuid number incarnation")
 # ``trouble``: why nothing may be deleted in the pool, None for none. ``held``: block of its metadata snapshot.
-Health = collections.namedtuple("Health", "trouble held used_bytes")
+# ``full``: percent of its data or of its metadata, whichever is more.
+Health = collections.namedtuple("Health", "trouble held used_bytes full")
 
+_USED = re.compile(r"\d+/\d+")
 _SUPERBLOCK = re.compile(r'<superblock uuid="[^"]*" time="(\d+)" transaction="(\d+)"')
 _DEVICE = re.compile(
     r'<device dev_id="(\d+)" mapped_blocks="(\d+)" transaction="(\d+)" creation_time="(\d+)" snap_time="(\d+)"'
@@ -56,7 +58,9 @@ def identity(one):
 def health(one, statuses, host):
     """Return the Health of a pool from the status lines of all pools."""
     line = statuses.get(one.name)
-    return parse_health(line.sectors, line.words, _ours(one, host)) if line else Health("not a thin pool", None, None)
+    if line is None:
+        return Health("not a thin pool", None, None, None)
+    return parse_health(line.sectors, line.words, _ours(one, host))
 
 
 def read_health(one, host):
@@ -66,8 +70,8 @@ def read_health(one, host):
 
 def parse_health(sectors, words, ours=None):
     """Parse a pool's status. Out of data space is no trouble: deletes are what such a pool waits for, and work."""
-    if len(words) < 5 or "/" not in words[2]:
-        return Health(" ".join(words) or "no status", None, None)  # Fail, Error
+    if len(words) < 5 or not all(_USED.fullmatch(word) for word in words[1:3]):
+        return Health(" ".join(words) or "no status", None, None, None)  # Fail, Error
     used, total = (int(count) for count in words[2].split("/"))
     held = None if words[3] == "-" else words[3]
     # The length of the table is that of the data, rounded up by less than a block.
@@ -80,7 +84,12 @@ def parse_health(sectors, words, ours=None):
         trouble = "its metadata snapshot is held by somebody else (block %s)" % held
     else:
         trouble = None
-    return Health(trouble, held, used_bytes)
+    return Health(trouble, held, used_bytes, max(_percent(word) for word in words[1:3]))
+
+
+def _percent(word):
+    used, total = (int(count) for count in word.split("/"))
+    return round(100 * used / max(total, 1), 1)
 
 
 def records(one, host):

@@ -14,8 +14,7 @@ description:
   - Posts the VMs of a batch of hosts that the plans are about to reap as JSON to a URL, so that whoever waits for the
     end of a VM does not wait for the cleaning. What is refused or spared is left out.
   - "The body is C({event: vm_ended, realm: ..., sweep: ..., check_mode: false, hosts: {host: [{vm_id: ..., evidence:
-    tombstoned, resources: 3}]}}). The evidence is V(tombstoned), V(absent) or V(elsewhere), as in the plan; the sweep
-    is the C(run) of the report in JSON."
+    tombstoned, resources: 3}]}}). The evidence is V(tombstoned), V(absent) or V(elsewhere), as in the plan."
   - A VM of which something stays busy is published again by the next sweep.
   - A hook that does not answer stops nothing; it is asked once more, and then there is a warning.
 options:
@@ -35,6 +34,10 @@ options:
     description: The realm of the sweep.
     type: str
     required: true
+  sweep:
+    description: The id of the sweep, as the report and the hosts' journals have it.
+    type: str
+    default: ""
   url:
     description: The URL of the hook. It counts as a secret, and is told no more of than its host.
     type: str

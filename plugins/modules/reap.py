@@ -11,9 +11,8 @@ version_added: 0.1.0
 author:
   - The microvm.reaper authors (@microvm)
 description:
-  - Removes what the plan names, in order, each on its own. Before every act the object is read again and must be the
-    very
-    one that the plan was made for; what is busy is left alone, and nothing is ever forced.
+  - Sets aside or removes what the plan names, in order, each on its own. Before every act the object is read again and
+    must be the very one that the plan was made for; what is busy is left alone, and nothing is ever forced.
   - Writes the strikes that the plan gives into the host's ledger, and what it is about to remove, why, and what came of
     it, into the host's journal, which M(microvm.reaper.journal_facts) reads. A host that cannot remember removes
     nothing.
@@ -33,6 +32,11 @@ options:
     description: Seconds after which whatever is not done is left for the next sweep.
     type: float
     default: 300
+  sweep:
+    description:
+      - The id of the sweep, by which M(microvm.reaper.undo) finds what it has set aside.
+      - Made anew where it is not given.
+    type: str
   spare:
     description: VMs of the plan that are left alone all the same, by their ids, each with the reason.
     type: dict
@@ -82,6 +86,7 @@ requirements:
 seealso:
   - module: microvm.reaper.vm_resource_facts
   - module: microvm.reaper.journal_facts
+  - module: microvm.reaper.undo
   - plugin: microvm.reaper.confirmed_orphans
     plugin_type: filter
 """
@@ -111,9 +116,8 @@ outcomes:
       type: str
     outcome:
       description:
-        - V(reaped), V(already_gone), V(deferred) when it is busy, V(identity_changed) when another object has its name
-          now,
-          V(failed), and in check mode V(would_reap).
+        - V(reaped), V(set_aside), V(already_gone), V(deferred) when it is busy, V(identity_changed) when another object
+          has its name now, V(failed), and in check mode V(would_reap) or V(would_set_aside).
       type: str
     message:
       description: Why, when it was not reaped.
@@ -183,6 +187,8 @@ from ansible_collections.microvm.reaper.plugins.module_utils.facts_module import
 from ansible_collections.microvm.reaper.plugins.module_utils.ledger import Busy, LedgerError
 from ansible_collections.microvm.reaper.plugins.module_utils.probe import Host, boottime
 
+CHANGES = (r.REAPED, r.SET_ASIDE, r.WOULD_REAP, r.WOULD_SET_ASIDE)
+
 
 def get_argument_spec():
     """Return the module's argument spec."""
@@ -191,6 +197,7 @@ def get_argument_spec():
         "rules": dict(rules_of_all_kinds(ORDER), required=True),
         "state_dir": {"type": "path", "default": "/var/lib/microvm.reaper"},
         "deadline": {"type": "float", "default": 300},
+        "sweep": {"type": "str"},
         "spare": {"type": "dict", "default": {}},
         "evidence": {"type": "dict", "options": get_evidence_spec()},
     }
@@ -210,6 +217,8 @@ def checked(plan):
     for token in plan["reap"]:
         if token.get("kind") not in BY_NAME:
             raise ValueError("kind %r of %r is not known here" % (token.get("kind"), token.get("name")))
+        if token.get("step", r.REMOVE) not in r.STEPS:
+            raise ValueError("step %r of %r is not known here" % (token["step"], token.get("name")))
         if not all(isinstance(token.get(key), str) for key in ("name", "vm_id", "identity")):
             raise ValueError("a token without name, vm_id or identity: %.300r" % (token,))
     return plan
@@ -224,9 +233,14 @@ def summary(outcomes):
 
 def diff(outcomes):
     """Return what was there and is not any more."""
-    gone = [one for one in outcomes if one["outcome"] in (r.REAPED, r.WOULD_REAP)]
-    before = "".join("%s %s\n" % (one["kind"], one["name"]) for one in gone)
-    return {"before_header": "leftovers of dead VMs", "after_header": "reaped", "before": before, "after": ""}
+    gone = ["%(kind)s %(name)s\n" % one for one in outcomes if one["outcome"] in (r.REAPED, r.WOULD_REAP)]
+    aside = ["%(kind)s %(name)s\n" % one for one in outcomes if one["outcome"] in (r.SET_ASIDE, r.WOULD_SET_ASIDE)]
+    return {
+        "before_header": "leftovers of dead VMs",
+        "after_header": "reaped, or set aside",
+        "before": "".join(gone + aside),
+        "after": "".join("%s (set aside)\n" % line[:-1] for line in aside),
+    }
 
 
 def _remember(plan, module):
@@ -260,7 +274,7 @@ def main():
             if module.check_mode:
                 outcomes = acts.foresee(plan["reap"], hands)
             else:
-                how = {"tell": module.warn, "evidence": evidence}
+                how = {"tell": module.warn, "sweep": params["sweep"], "evidence": evidence}
                 outcomes = acts.apply(plan, hands, params["state_dir"], plan["realm"], **how)
     except Busy as err:
         module.exit_json(changed=False, outcomes=[], busy=str(err))
@@ -268,7 +282,7 @@ def main():
         module.fail_json(msg=str(err), outcomes=[])
     outcomes += left
     result = {
-        "changed": any(one["outcome"] in (r.REAPED, r.WOULD_REAP) for one in outcomes),
+        "changed": any(one["outcome"] in CHANGES for one in outcomes),
         "outcomes": outcomes,
         "diff": diff(outcomes),
     }

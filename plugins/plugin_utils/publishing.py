@@ -36,8 +36,8 @@ def ended(plans, refused, spare):
             continue
         vms = {}
         for token in plan["reap"]:
-            if token["vm_id"] in spare.get(host, {}):
-                continue
+            if token["vm_id"] in spare.get(host, {}) or "since" in token:
+                continue  # of what an earlier sweep set aside the end is known
             one = vms.setdefault(token["vm_id"], {"vm_id": token["vm_id"], "evidence": None, "resources": 0})
             one["evidence"] = one["evidence"] or token.get("evidence")
             one["resources"] += 1
@@ -47,7 +47,7 @@ def ended(plans, refused, spare):
 
 
 def document(realm, sweep, hosts):
-    """Return what is published; ``sweep`` is the ``run`` of the report in JSON."""
+    """Return what is published; ``sweep`` is the id that report and journals have for it."""
     return {"event": EVENT, "realm": realm, "sweep": sweep, "check_mode": False, "hosts": hosts}
 
 

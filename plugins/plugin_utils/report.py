@@ -10,22 +10,28 @@ from __future__ import annotations
 
 from .words import enumerate_hosts
 
-COLUMNS = ("HOST", "KIND", "LIVE", "SUSPECTED", "CONFIRMED", "REAPED", "HELD", "FAILED", "GIVEN BACK")
+NUMBERS = ("live", "suspected", "confirmed", "reaped", "aside", "held", "failed")
+COLUMNS = ("HOST", "KIND", *(name.upper() for name in NUMBERS), "GIVEN BACK")
+SET_ASIDE = ("set_aside", "would_set_aside")
+WAITS = "hold"  # the reason of what waits for the end of reap_hold
 HELD = ("held", "disputed", "unknown")
 MAX_LINES = 40
 MAX_LINE = 1000
 
 
 def summarize(hosts):
-    """Return ``{host: {kind: {live, suspected, confirmed, reaped, already_gone, held, failed, bytes}}}``."""
+    """Return ``{host: {kind: {live, suspected, confirmed, reaped, aside, already_gone, held, failed, bytes}}}``.
+
+    ``aside`` is what was set aside, or waits, after the sweep.
+    """
     return {host: _kinds(one) for host, one in sorted(_believed(hosts).items())}
 
 
-def text(realm, manifest, hosts, *, check_mode=False, abort=None, unpublished=None):
+def text(realm, manifest, hosts, *, check_mode=False, abort=None, sweep="", unpublished=None):
     """Return the report as lines for a terminal.
 
-    ``hosts`` is ``{host: HOST}``, ``manifest`` the HANDLE or None, ``abort`` why the whole batch was stopped,
-    ``unpublished`` why the end of its VMs was not published.
+    ``hosts`` is ``{host: HOST}``, ``manifest`` the HANDLE or None, ``abort`` why the whole batch was stopped, ``sweep``
+    the id by which it can be undone, ``unpublished`` why the end of its VMs was not published.
     """
     hosts = _believed(hosts)
     summary = summarize(hosts)
@@ -36,12 +42,13 @@ def text(realm, manifest, hosts, *, check_mode=False, abort=None, unpublished=No
     lines += ["NOT PROVEN, so nothing is confirmed: %s" % why for why in (manifest or {}).get("unproven") or ()]
     lines += ["NOT PUBLISHED: %s" % unpublished] if unpublished else []
     lines += _table(rows) if rows else []
+    lines += _undo(hosts, sweep)
     lines += _limited(_troubles(hosts, abort) + _held(hosts) + _failed(hosts))
     lines += _unseen(hosts)
     return "\n".join(printable(line) for line in lines)
 
 
-def as_json(realm, manifest, hosts, *, check_mode=False, abort=None, unpublished=None):
+def as_json(realm, manifest, hosts, *, check_mode=False, abort=None, sweep="", unpublished=None):
     """Return the same as a structure, with every family and every outcome."""
     hosts = _believed(hosts)
     said = ("source", "epoch", "count", "generated_at", "unproven")
@@ -49,6 +56,7 @@ def as_json(realm, manifest, hosts, *, check_mode=False, abort=None, unpublished
         "realm": realm,
         "manifest": {key: manifest.get(key) for key in said} if manifest else None,
         "check_mode": check_mode,
+        "sweep": sweep,
         "stopped": abort,
         "unpublished": unpublished,
         "kinds": summarize(hosts),
@@ -63,11 +71,30 @@ def as_json(realm, manifest, hosts, *, check_mode=False, abort=None, unpublished
                 "vms": one["plan"]["vms"] if one["plan"] else None,
                 "families": one["plan"]["families"] if one["plan"] else None,
                 "notices": one["plan"]["notices"] if one["plan"] else [],
+                "aside": _aside(one),
                 "outcomes": one["outcomes"],
             }
             for host, one in sorted(hosts.items())
         },
     }
+
+
+def undone(host, result):
+    """Return what a person sees of an undo on one host: ``result`` is what the module returned."""
+    if result.get("busy"):
+        return ["%s: %s" % (host, printable(str(result["busy"])))]
+    good = _with_outcomes({"outcomes": result.get("outcomes") or [], "error": None})["outcomes"]
+    if not good:
+        return [] if result.get("failed") else ["%s: nothing of it is aside on this host" % host]
+    until = ", pinned until %s" % result["pinned_until"] if result.get("pinned_until") else ""
+    back = [one for one in good if one["outcome"] in ("restored", "would_restore")]
+    did = "would be back" if any(one["outcome"] == "would_restore" for one in back) else "back"
+    lines = ["%s: %d of %d %s%s" % (host, len(back), len(good), did, until)]
+    for one in good:
+        came_to = "" if one in back else " was NOT brought back (%s)" % one["outcome"]
+        message = ": %s" % one["message"] if one["message"] else ""
+        lines.append("%s: %s %s%s%s" % (host, one["kind"], one["name"], came_to, message))
+    return _limited([printable(line) for line in lines])
 
 
 def human_bytes(count):
@@ -127,6 +154,7 @@ def _kinds(one):
             "suspected": counts["suspected"],
             "confirmed": counts["confirmed"],
             "reaped": sum(1 for outcome in mine if outcome["outcome"] in ("reaped", "would_reap")),
+            "aside": counts["aside"] + sum(1 for outcome in mine if outcome["outcome"] in SET_ASIDE),
             "held": sum(counts[verdict] for verdict in HELD) + deferred,
             "already_gone": sum(1 for outcome in mine if outcome["outcome"] == "already_gone"),
             "failed": sum(1 for outcome in mine if outcome["outcome"] == "failed"),
@@ -136,12 +164,11 @@ def _kinds(one):
 
 
 def _is_news(counts):
-    return any(counts[key] for key in ("suspected", "confirmed", "reaped", "held", "failed"))
+    return any(counts[key] for key in NUMBERS if key != "live")
 
 
 def _row(host, kind, n):
-    numbers = [n[key] for key in ("live", "suspected", "confirmed", "reaped", "held", "failed")]
-    return [host, kind] + [str(number) for number in numbers] + [human_bytes(n["bytes"])]
+    return [host, kind] + [str(n[key]) for key in NUMBERS] + [human_bytes(n["bytes"])]
 
 
 def _table(rows):
@@ -161,7 +188,7 @@ def _headline(realm, manifest, hosts, summary, check_mode, abort):
         # No strike is written on a host that is refused, whatever its plan thought.
         key: sum(n[key] for host, kinds in summary.items() if key != "suspected" or host not in refused
                  for n in kinds.values())
-        for key in ("suspected", "confirmed", "reaped", "already_gone", "held", "failed", "bytes")
+        for key in ("suspected", "confirmed", "reaped", "aside", "already_gone", "held", "failed", "bytes")
     }
     if abort:
         did = "nothing was removed on any host"
@@ -170,8 +197,8 @@ def _headline(realm, manifest, hosts, summary, check_mode, abort):
     elif totals["reaped"]:
         did = "%d reaped, %s given back" % (totals["reaped"], human_bytes(totals["bytes"]).replace("-", "0 B"))
     else:
-        did = "nothing to reap" if not totals["confirmed"] else "nothing reaped"
-    others = ("already_gone", "suspected", "held", "failed")
+        did = "nothing to reap" if not totals["confirmed"] + totals["aside"] else "nothing reaped"
+    others = ("aside", "already_gone", "suspected", "held", "failed")
     parts = ["%d %s" % (totals[key], key.replace("_", " ")) for key in others if totals[key]]
     if refused and not abort:
         parts.append("1 host refused" if len(refused) == 1 else "%d hosts refused" % len(refused))
@@ -184,6 +211,21 @@ def _headline(realm, manifest, hosts, summary, check_mode, abort):
         "".join(", " + part for part in parts),
         " (check mode: nothing was changed)" if check_mode else "",
     )
+
+
+def _undo(hosts, sweep):
+    """Say how to bring back what this sweep has set aside."""
+    if not any(outcome["outcome"] == "set_aside" for one in hosts.values() for outcome in one["outcomes"]):
+        return []
+    return ["What was set aside comes back with playbooks/undo.yml -e sweep=%s, until reap_hold is over." % sweep]
+
+
+def _aside(one):
+    """Return what is aside on a host after the sweep, as far as its plan and its outcomes tell."""
+    held = [] if not one["plan"] or one["refused"] else one["plan"]["ledger"].get("aside", [])
+    found = [{key: entry.get(key) for key in ("kind", "name", "vm_id", "state", "since", "sweep")} for entry in held]
+    new = [outcome for outcome in one["outcomes"] if outcome["outcome"] == "set_aside"]
+    return found + [{key: outcome[key] for key in ("kind", "name", "vm_id")} for outcome in new]
 
 
 def _troubles(hosts, abort):
@@ -220,7 +262,7 @@ def _held(hosts):
         for vm_id, family in one["plan"]["families"].items() if one["plan"] else ():
             for member in family["resources"]:
                 reasons = member["reasons"] or family["reasons"]
-                if member["verdict"] in HELD and reasons:
+                if member["verdict"] in HELD and reasons and reasons[0]["code"] != WAITS:
                     code = member["verdict"] if member["verdict"] != "held" else reasons[0]["code"]
                     groups.setdefault((host, member["kind"], code), []).append((vm_id, reasons[0]["text"]))
         for outcome in one["outcomes"]:

@@ -183,3 +183,36 @@ def test_check_mode_keeps_no_evidence(pair: Fleet, tmp_path: Path) -> None:
     host = struck(pair)
     assert sweep(pair, "--check").code == 0
     assert "evidence" not in on(pair, host, f"ls {STATE}/{REALM}")
+
+
+def test_whole_logs_of_what_is_set_aside_are_copied_after_the_sweep(pair: Fleet) -> None:
+    host = struck(pair)
+    vm_id = pair.planted()[host]["orphans"][0]
+    logs = f"/srv/jailer/firecracker/{vm_id}/root/logs"
+    on(pair, host, f"mkdir {logs} && seq 1000000 > {logs}/vmm.log && truncate -s 1T {logs}/huge")
+    # As another process of the kind would: it holds the lock, and the sweep neither waits nor fails.
+    hold = f"nohup flock {STATE}/evidence.lock sleep 1000 > /dev/null 2>&1 < /dev/null &"
+    on(pair, host, f"{hold} echo $! > /run/holder; sleep 0.2")
+    aside = {"jail": 3600, "dm_thin": 3600, "snapshot": 3600}
+    begin = time.monotonic()
+    swept = sweep(pair, reap_hold=aside, reap_pressure=100)
+    seconds = time.monotonic() - begin
+    assert swept.code == 0 and "set_aside" in outcomes(swept, host) and seconds < 60
+    assert "that of an earlier sweep goes on" in result(swept, host)["background"]
+    assert not any("whole" in name for name in bundles(pair, host)[vm_id])
+    on(pair, host, "pkill -P $(cat /run/holder) sleep; rm /run/holder")
+    # The other host copied its own meanwhile; this one does when the jail is found aside, after its ledger was lost.
+    other = sorted(pair.hosts())[1]
+    leaves_nothing_running(pair, other)
+    assert "root/logs" not in json.dumps(bundles(pair, other))
+    on(pair, host, f"rm -r {STATE}/{REALM}")
+    assert sweep(pair, reap_hold=aside, reap_pressure=100).code == 0
+    time.sleep(0.3)
+    swept = sweep(pair, reap_hold=aside, reap_pressure=100)
+    assert "are being copied" in result(swept, host)["background"], swept.output
+    leaves_nothing_running(pair, host)
+    texts = {name.split("-", 1)[-1]: text for name, text in bundles(pair, host)[vm_id].items()}
+    source, _newline, whole = texts["jail-whole-log-root_logs_vmm.log.txt"].partition("\n")
+    assert "/.microvm.reaper/" in source and whole.endswith("999999\n1000000\n")
+    assert texts["jail-whole-log-root_logs_huge.txt"].startswith("/srv/jailer/") and "left out" in json.dumps(texts)
+    on(pair, host, "rm -rf /srv/jailer/firecracker/.microvm.reaper")

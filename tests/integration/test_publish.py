@@ -108,14 +108,17 @@ def test_the_end_is_known_before_the_cleaning_and_nothing_is_sent_in_check_mode(
     assert body == {
         "event": "vm_ended",
         "realm": "x",
-        "sweep": said["run"],
+        "sweep": said["sweep"],
         "check_mode": False,
         "hosts": {"localhost": [{"vm_id": "dead", "evidence": "absent", "resources": 1}]},
     }
     assert said["unpublished"] is None and said["hosts"]["localhost"]["evidence"]["written"] == 1
+    # The jail was moved aside, and its whole log is copied in the background.
+    subprocess.run(["flock", "-w", "20", tmp_path / "state/evidence.lock", "true"], check=True)
     (bundle,) = (tmp_path / "state/x/evidence").iterdir()
     listed = subprocess.run(["tar", "-tzf", bundle], check=True, capture_output=True, text=True).stdout.split()
-    assert listed == ["metadata.json", "01-jail-listing.txt", "02-jail-log-root_logs_vmm.log.txt"]
+    log = "-log-root_logs_vmm.log.txt"
+    assert listed == ["metadata.json", "01-jail-listing.txt", f"02-jail{log}", f"03-jail-whole{log}"]
     sweep(tmp_path, hook)
     assert len(hook.seen) == 1
 

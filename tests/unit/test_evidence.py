@@ -292,7 +292,7 @@ def token(name, vm_id="v1", **changes):
 
 def plan(state, tokens):
     before = ledgers.load(state, REALM)[0]
-    ledger = {key: before[key] for key in ("manifest", "intents")}
+    ledger = {key: before[key] for key in ("manifest", "intents", "aside")}
     strikes = {
         "%(kind)s %(name)s" % one: {key: one[key] for key in ("identity", "vm_id")} | STRIKE for one in tokens
     }
@@ -401,6 +401,13 @@ def test_where_evidence_is_required_a_vm_without_any_is_left_alone_and_keeps_its
     assert sorted(ledger["strikes"]) == ["cgroup a", "jail c"]
     assert [one["name"] for one in ledger["intents"]] == ["c"]
     assert list(ledger["reaped"]) == ["v2"]
+
+
+def test_what_an_earlier_sweep_has_set_aside_needs_no_second_bundle(state):
+    held = token("jail/a", since=1.0, boot_id="b", sweep=SWEEP, state="aside", resume=True, step=r.REMOVE)
+    outcomes, result = reaped(state, [held, token("jail/b", "v2")], kind("jail"), required=True)
+    assert {one["outcome"] for one in outcomes} == {"reaped"} and result["written"] == 1
+    assert list(bundles(state)) == ["v2"]
 
 
 @pytest.mark.parametrize("required", [False, True])
@@ -704,7 +711,7 @@ def set_aside(base, path, rules, host):
     place = base / ".microvm.reaper" / "abc" / "firecracker"
     place.mkdir(parents=True, mode=0o700)
     os.rename(path, place / path.name)
-    return dict(r.outcome(one, evidence.SET_ASIDE), aside={"path": str(place / path.name)}), one
+    return dict(r.outcome(one, r.SET_ASIDE), aside={"path": str(place / path.name)}), one
 
 
 def followed(state, base, rules, host, monkeypatch, before=lambda: None, **options):

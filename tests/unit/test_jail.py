@@ -176,7 +176,7 @@ def test_jails_are_found_by_base_exec_and_name(base, rules, host):
     assert [one["name"] for one in found["resources"]] == [str(path)]
     assert found["foreign"] == 1
     one = found["resources"][0]
-    assert (one["vm_id"], one["in_use"], one["bytes"], one["details"]) == ("vabc", False, None, {"mounts": 0})
+    assert (one["vm_id"], one["in_use"], one["bytes"], one["details"]["mounts"]) == ("vabc", False, None, 0)
     assert 0 <= one["age_seconds"] < 60
 
 
@@ -459,7 +459,7 @@ def test_row_28_nothing_outside_of_a_jail_changes(base, rules, host, sentinel, n
         mount(sentinel, root / "bind", None, MS_BIND)
         mount(sentinel / "inner", root / "bind2" / "deep", None, MS_BIND)
         mount(sentinel / "file", root / "bound file", None, MS_BIND)
-        assert collected(rules, host)[str(path)]["details"] == {"mounts": 3}
+        assert collected(rules, host)[str(path)]["details"]["mounts"] == 3
         outcome = removed(path, rules, host)
     assert (outcome["outcome"], outcome["message"]) == (r.REAPED, "")
     assert not path.exists()
@@ -500,7 +500,7 @@ def test_nested_and_stacked_mounts_are_unmounted_deepest_first(base, rules, host
     mount("none", path / "root" / "a", "tmpfs")
     (path / "root" / "a" / "b").mkdir()
     mount(sentinel, path / "root" / "a" / "b", None, MS_BIND)
-    assert collected(rules, host)[str(path)]["details"] == {"mounts": 4}
+    assert collected(rules, host)[str(path)]["details"]["mounts"] == 4
     assert result(removed(path, rules, host)) == r.REAPED
     assert mounts.below(mounts.read(), str(path)) == []
 

@@ -32,6 +32,7 @@ def test_what_is_published_is_what_goes():
         "four": plan(token("v6"), refused={"code": "stale"}),
         "five": plan(),
         "six": None,
+        "eight": plan(dict(token("v9"), since=5.0)),
         "seven": plan({"vm_id": "v8", "evidence": None}, token("v8", "elsewhere")),
     }
     found = publishing.ended(plans, {"three": {"code": "x"}}, {"one": {"v3": "it lives"}, "two": {"v4": "it lives"}})

@@ -47,10 +47,10 @@ def test_a_busy_sweep():
     assert text(hosts) == "\n".join([
         "microvm.reaper: realm prod, 2 hosts, 12 VMs live by file live.yml: 1 reaped, 3.0 MiB given back, 1 suspected,"
         " 1 held, 1 failed",
-        "HOST  KIND    LIVE  SUSPECTED  CONFIRMED  REAPED  HELD  FAILED  GIVEN BACK",
-        "h1    cgroup     0          0          1       1     0       0     3.0 MiB",
-        "h1    jail       0          0          1       0     1       1           -",
-        "h2    cgroup     0          1          0       0     0       0           -",
+        "HOST  KIND    LIVE  SUSPECTED  CONFIRMED  REAPED  ASIDE  HELD  FAILED  GIVEN BACK",
+        "h1    cgroup     0          0          1       1      0     0       0     3.0 MiB",
+        "h1    jail       0          0          1       0      0     1       1           -",
+        "h2    cgroup     0          1          0       0      0     0       0           -",
         "h1: jail held (process): v3: held by process 77 (sh)",
         "h1: jail v2.jail FAILED: No space left on device",
         "h1: looked at cgroup, container, dm_thin, jail, snapshot, zombie",

@@ -23,6 +23,7 @@ from ..probe import Absent, ProbeError, read_once, read_text
 
 KIND = "cgroup"
 STOPS = True
+SETS_ASIDE = "running"
 DEPENDS_ON = ()
 RULE = {
     "root": {"type": "str", "required": True},
@@ -74,6 +75,26 @@ def stop(token, rules, host):
     """Kill all that runs in the cgroup and wait up to two seconds for it to be empty."""
     refused = _with_cgroup(dict(token, stop=True), rules, host, lambda cgroup: _kill(token, cgroup))
     return None if refused is not None and refused["outcome"] == r.ALREADY_GONE else refused
+
+
+def prepare(tokens, _rules, _host):
+    """Return for those that are to be set aside whether they are frozen already."""
+    found = {}
+    for token in tokens:
+        if token.get("step") == r.ASIDE:
+            with contextlib.suppress(OSError):
+                found[token["name"]] = {"frozen": _is_frozen(token["name"])}
+    return found
+
+
+def set_aside(token, rules, host):
+    """Freeze all that runs in the cgroup: nothing is lost, and nothing goes on."""
+    return _with_cgroup(dict(token, stop=True), rules, host, lambda cgroup: _freeze(token, cgroup))
+
+
+def bring_back(token, rules, host):
+    """Thaw what was set aside, unless it was frozen before."""
+    return _with_cgroup(dict(token, stop=True), rules, host, lambda cgroup: _thaw(token, cgroup))
 
 
 def remove(token, rules, host):
@@ -324,15 +345,44 @@ def _write(cgroup, name, data):
     return True
 
 
+def _is_frozen(path):
+    for name, word in (("cgroup.freeze", b"1"), ("freezer.state", b"FROZEN")):
+        with contextlib.suppress(FileNotFoundError):
+            return read_once(os.path.join(path, name)).strip() == word
+    return False
+
+
+def _freeze(token, cgroup):
+    if _write(cgroup, "cgroup.freeze", b"1"):
+        # What sits in the kernel is frozen when it comes out; it will not run a step of its own.
+        if not _wait_until(b"frozen 1", cgroup.directory, KILL_SECONDS):
+            left = r.outcome(token, r.SET_ASIDE, "not all of it is frozen yet", holders=_processes(cgroup.held))
+            return dict(left, in_sight=True)
+        return dict(r.outcome(token, r.SET_ASIDE), in_sight=True)
+    if _write(cgroup, "freezer.state", b"FROZEN"):
+        return dict(r.outcome(token, r.SET_ASIDE), in_sight=True)
+    return dict(r.outcome(token, r.DEFERRED, "cannot be frozen: left as it is until reap_hold is over"), waits=True)
+
+
+def _thaw(token, cgroup):
+    if not token["details"].get("frozen") and not _write(cgroup, "cgroup.freeze", b"0"):
+        _write(cgroup, "freezer.state", b"THAWED")
+    return r.outcome(token, r.RESTORED)
+
+
 def _wait_until_empty(directory, seconds):
-    """Wait for ``populated 0``; the kernel signals a change of cgroup.events with POLLPRI."""
+    return _wait_until(b"populated 0", directory, seconds)
+
+
+def _wait_until(event, directory, seconds):
+    """Wait for an event, such as ``populated 0``; the kernel signals a change of cgroup.events with POLLPRI."""
     deadline = time.monotonic() + seconds
     events = os.open("cgroup.events", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
     try:
         poll = select.poll()
         poll.register(events, select.POLLPRI)
         while True:
-            if b"populated 0" in os.pread(events, 4096, 0):
+            if event in os.pread(events, 4096, 0):
                 return True
             left = deadline - time.monotonic()
             if left <= 0:
