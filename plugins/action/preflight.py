@@ -13,7 +13,7 @@ from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 from ansible.plugins.action import ActionBase
 from ansible_collections.microvm.reaper.plugins.module_utils.all_kinds import TRAITS
 from ansible_collections.microvm.reaper.plugins.module_utils.resource import VM_ID
-from ansible_collections.microvm.reaper.plugins.plugin_utils import inputs, sources
+from ansible_collections.microvm.reaper.plugins.plugin_utils import inputs, publishing, sources
 from ansible_collections.microvm.reaper.plugins.plugin_utils.manifest import ManifestError
 from ansible_collections.microvm.reaper.plugins.plugin_utils.planner import (
     DEFAULT_POLICY,
@@ -110,9 +110,15 @@ def _impossible(parameters):
         for key in sorted(str(key) for key in set(parameters["reap_hold"]) - set(known)):
             problems.append("reap_hold has a value for %r, which is none of %s" % (key, ", ".join(known)))
     problems += _of_thin_pools(parameters["reap_unmapped_thin_ids"], parameters["reap_thin_pools"])
-    for name in ("reap_deadline", "reap_manifest_max_age"):
+    for name in ("reap_deadline", "reap_manifest_max_age", "reap_evidence_seconds", "reap_evidence_bytes"):
         if parameters[name] <= 0:
             problems.append("%s must be more than 0, not %r" % (name, parameters[name]))
+    if not 1 <= parameters["reap_evidence_percent"] <= 50:
+        problems.append("reap_evidence_percent must be from 1 to 50, not %r" % parameters["reap_evidence_percent"])
+    if parameters["reap_evidence_max_bytes"] < 0:
+        problems.append("reap_evidence_max_bytes must not be less than 0")
+    if parameters["reap_webhook_url"] and publishing.shown(parameters["reap_webhook_url"]) is None:
+        problems.append("reap_webhook_url must be a URL of http or https, such as https://control.example/hook")
     directory = parameters["reap_save_inputs"]
     why = inputs.unwritable(directory) if directory else None
     if why:

@@ -32,6 +32,11 @@ _RULES = {
           description: Regular expression for the whole name of a VM's jail, with a group C(vm_id).
           type: str
           required: true
+        evidence:
+          description:
+            - Globs, relative to the jail, of the logs that go into the evidence of a VM before its jail is removed.
+          type: list
+          elements: str
         """,
     "dm_thin": """
         name:

@@ -9,6 +9,7 @@ The tables hold only the fields that are used; their numbers are those of contai
 from __future__ import annotations
 
 import calendar
+import json
 import os
 import re
 import signal
@@ -55,7 +56,14 @@ CONTAINER = {
     7: ("snapshot_key", TEXT),
     8: ("created_at", TIME),
 }
-PROCESS = {1: ("container_id", TEXT), 2: ("id", TEXT), 3: ("pid", INT), 4: ("status", INT)}
+PROCESS = {
+    1: ("container_id", TEXT),
+    2: ("id", TEXT),
+    3: ("pid", INT),
+    4: ("status", INT),
+    9: ("exit_status", INT),
+    10: ("exited_at", TIME),
+}
 SNAPSHOT = {
     1: ("name", TEXT),
     2: ("parent", TEXT),
@@ -299,6 +307,11 @@ def age(created):
     """Return the age in seconds, None when it cannot be told."""
     seconds = time.time() - created["seconds"] if created and created["seconds"] > 0 else -1
     return round(seconds, 1) if seconds >= 0 else None
+
+
+def as_text(answer):
+    """Return an answer for people to read; half characters, which stand for bytes that are no UTF-8, are escaped."""
+    return json.dumps(answer, indent=1, sort_keys=True) + "\n"
 
 
 def printable(text):

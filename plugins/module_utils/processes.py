@@ -90,6 +90,16 @@ def printable(text):
     return "".join(c if c.isprintable() and not "\ud800" <= c <= "\udfff" else "?" for c in text)
 
 
+def described(pid):
+    """Return a line on a process: its pid, name and state, where it waits, its command line."""
+    process = stat(pid)
+    if process is None:
+        return "%d ended" % pid
+    line = (read(pid, "cmdline") or "").rstrip("\0").replace("\0", " ")
+    waits = (read(pid, "wchan") or "").strip("0\n") if process.state == "D" else ""
+    return "%s state %s%s: %s" % (label(process), process.state, waits and " in " + waits, printable(line)[:4096])
+
+
 def unit(cgroup):
     """Return the systemd unit that the text of /proc/PID/cgroup names, None when there is none."""
     for line in cgroup.split("\n"):

@@ -109,9 +109,11 @@ def _check(name, kind, rule):
     result = ArgumentSpecValidator(BY_NAME[kind].RULE).validate(rule)
     if result.error_messages:
         raise PresetError("preset %s: a rule of %s: %s" % (name, kind, "; ".join(result.error_messages)))
-    if "name" in BY_NAME[kind].RULE:
-        try:
+    try:
+        if "name" in BY_NAME[kind].RULE:
             Names(kind, [result.validated_parameters])
-        except RuleError as err:
-            raise PresetError("preset %s: %s" % (name, err)) from err
+        if "evidence" in BY_NAME[kind].RULE:
+            BY_NAME[kind].log_globs([result.validated_parameters])
+    except RuleError as err:
+        raise PresetError("preset %s: %s" % (name, err)) from err
     return {key: value for key, value in result.validated_parameters.items() if value is not None}

@@ -2,7 +2,8 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 """What a person sees at the end of a sweep. Pure: plans and outcomes in, text and plain structures out.
 
-HOST ``{plan, outcomes, busy, error, refused, absent, unavailable, seconds}``, what is known of one host after a sweep
+HOST ``{plan, outcomes, busy, evidence, error, refused, absent, unavailable, seconds}``, what is known of one host after
+a sweep
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ def summarize(hosts):
     return {host: _kinds(one) for host, one in sorted(_believed(hosts).items())}
 
 
-def text(realm, manifest, hosts, *, check_mode=False, abort=None, sweep=""):
+def text(realm, manifest, hosts, *, check_mode=False, abort=None, sweep="", unpublished=None):
     """Return the report as lines for a terminal.
 
     ``hosts`` is ``{host: HOST}``, ``manifest`` the HANDLE or None, ``abort`` why the whole batch was stopped, ``sweep``
-    the id by which it can be undone.
+    the id by which it can be undone, ``unpublished`` why the end of its VMs was not published.
     """
     hosts = _believed(hosts)
     summary = summarize(hosts)
@@ -39,6 +40,7 @@ def text(realm, manifest, hosts, *, check_mode=False, abort=None, sweep=""):
     if abort:
         lines.append("STOPPED (%(code)s): %(message)s" % abort)
     lines += ["NOT PROVEN, so nothing is confirmed: %s" % why for why in (manifest or {}).get("unproven") or ()]
+    lines += ["NOT PUBLISHED: %s" % unpublished] if unpublished else []
     lines += _table(rows) if rows else []
     lines += _undo(hosts, sweep)
     lines += _limited(_troubles(hosts, abort) + _held(hosts) + _unreaped(hosts) + _failed(hosts))
@@ -46,7 +48,7 @@ def text(realm, manifest, hosts, *, check_mode=False, abort=None, sweep=""):
     return "\n".join(printable(line) for line in lines)
 
 
-def as_json(realm, manifest, hosts, *, check_mode=False, abort=None, sweep=""):
+def as_json(realm, manifest, hosts, *, check_mode=False, abort=None, sweep="", unpublished=None):
     """Return the same as a structure, with every family and every outcome.
 
     ``zombies`` are those that are left, by parent: ``[{parent: HOLDER, count, vms: [vm_id]}]``.
@@ -59,11 +61,13 @@ def as_json(realm, manifest, hosts, *, check_mode=False, abort=None, sweep=""):
         "check_mode": check_mode,
         "sweep": sweep,
         "stopped": abort,
+        "unpublished": unpublished,
         "kinds": summarize(hosts),
         "hosts": {
             host: {
                 "refused": one["refused"],
                 "busy": one["busy"],
+                "evidence": one.get("evidence"),
                 "error": one["error"],
                 "absent": one["absent"],
                 "unavailable": one["unavailable"],
@@ -241,8 +245,21 @@ def _troubles(hosts, abort):
             lines.append("%s: busy: %s" % (host, one["busy"]))
         if one["error"]:
             lines.append("%s: %s" % (host, one["error"]))
+        lines += ["%s: %s" % (host, said) for said in _of_evidence(one.get("evidence"))]
         for notice in one["plan"]["notices"] if one["plan"] else []:
             lines.append("%s: %s" % (host, notice))
+    return lines
+
+
+def _of_evidence(evidence):
+    """Return what a person should know of a host's evidence: what is not as it should be."""
+    evidence = evidence if isinstance(evidence, dict) else {}
+    failed = [str(why) for why in evidence.get("failed") or ()] if isinstance(evidence.get("failed"), list) else []
+    lines = ["evidence failed: %s%s" % (failed[0], _more(len(failed) - 1))] if failed else []
+    for key, said in (("skipped", "no evidence of %d VMs"), ("short", "only metadata as evidence of %d VMs")):
+        count = evidence.get(key)
+        if isinstance(count, int) and count:
+            lines.append(said % count + ", reap_evidence_seconds was used up")
     return lines
 
 

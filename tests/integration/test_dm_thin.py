@@ -539,3 +539,19 @@ def test_two_hundred_volumes_cost_four_commands(reaper, pool):
 def test_row_39_a_machine_without_device_mapper_has_none():
     with pytest.raises(probe.Absent, match="no device-mapper"):
         dm_thin.collect(RULES, probe.Host(probe.boottime() + 5))
+
+
+def test_a_witness_tells_of_all_volumes_with_four_commands(reaper, pool):
+    for number in range(20):
+        pool.volume("hyper-rw-v%d" % number, number, mib=1 if number == 3 else 0)
+    tokens = reaper.tokens(*["hyper-rw-v%d" % number for number in range(20)])
+    answer = reaper.ask("witness", tokens)
+    assert len(answer["commands"]) == 4 and len(answer["result"]) == 20
+    (told,) = answer["result"][3]
+    assert told["title"] == "dm_thin" and "hyper-rw-v3 in pool hyper-thinpool" in told["source"]
+    lines = dict(line.split(": ", 1) for line in told["text"].splitlines())
+    assert lines["table of the volume"].startswith("sectors=65536 words=") and "'3'" in lines["table of the volume"]
+    assert "'2048'" in lines["status of the volume"] and "'rw'" in lines["status of the pool"]
+    assert "name=hyper-rw-v3" in lines["info of the volume"]
+    reaper.shell("dmsetup remove hyper-rw-v3")
+    assert reaper.ask("witness", tokens[3:4])["error"] == "ProbeError"

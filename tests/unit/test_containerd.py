@@ -876,3 +876,24 @@ def test_a_fork_opens_its_own_connection(world):
         os._exit(world.fake.opened)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2
     assert world.fake.opened == 1
+
+
+# --- evidence
+
+
+def test_a_witness_tells_the_records(world):
+    world.add_container("vm-a", status=2, labels={"owner": "\udcff"}, key="vm-a")
+    world.containers["vm-a"]["image"] = "docker.io/library/x:1"
+    world.add_snapshot("vm-a", parent="base")
+    for kind, name, expected in (
+        (container, "vms/vm-a", ('"image": "docker.io/library/x:1"', '"owner": "\\udcff"', '"pid": 42')),
+        (snapshot, "vms/overlayfs/vm-a", ('"parent": "base"', '"seconds": 1000')),
+    ):
+        rules = [dict(world.place, name=VM)]
+        one = token(world, kind, rules, name)
+        (told,) = kind.witness(one, rules, Host())
+        assert all(text in told["text"] for text in expected), told
+        assert name in told["source"] and told["title"] == kind.KIND
+        with pytest.raises(ProbeError, match="another " + kind.KIND):
+            kind.witness(dict(one, identity="x"), rules, Host())
+    assert world.done == []

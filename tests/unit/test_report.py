@@ -231,3 +231,23 @@ def test_the_same_for_machines():
 )
 def test_bytes_for_people(count, said):
     assert report.human_bytes(count) == said
+
+
+def test_evidence_is_mentioned_when_something_is_wrong_with_it():
+    planned = sweep_twice(thing("cgroup", "v1"))
+    good = {"written": 1, "bytes": 9, "short": 0, "known": 0, "skipped": 0, "failed": [], "background": None}
+    assert "evidence" not in text({"h1": host(planned, outcomes=outcomes(planned["reap"]), evidence=good)})
+    bad = dict(good, short=2, skipped=3, failed=["cannot use the store of evidence /x", "v2: no room"])
+    assert [line for line in lines({"h1": host(planned, evidence=bad)}) if "evidence" in line] == [
+        "h1: evidence failed: cannot use the store of evidence /x (and 1 more)",
+        "h1: no evidence of 3 VMs, reap_evidence_seconds was used up",
+        "h1: only metadata as evidence of 2 VMs, reap_evidence_seconds was used up",
+    ]
+    for hostile in (None, 5, [], {"failed": 5}, {"failed": [{}], "short": "x", "skipped": None}):
+        text({"h1": host(planned, evidence=hostile)})
+
+
+def test_an_end_that_was_not_published_is_told():
+    said = lines({"h1": host(sweep_twice(thing("cgroup", "v1")))}, unpublished="POST http://x: HTTP 500")
+    assert said[1] == "NOT PUBLISHED: POST http://x: HTTP 500"
+    assert report.as_json("prod", MANIFEST, {}, unpublished="why")["unpublished"] == "why"

@@ -13,7 +13,7 @@ import pytest
 from ansible_collections.microvm.reaper.plugins.module_utils import mounts, processes
 from ansible_collections.microvm.reaper.plugins.module_utils import resource as r
 from ansible_collections.microvm.reaper.plugins.module_utils.kinds import cgroup, zombie
-from ansible_collections.microvm.reaper.plugins.module_utils.probe import Absent, Host, boottime
+from ansible_collections.microvm.reaper.plugins.module_utils.probe import Absent, Host, ProbeError, boottime
 
 ROOT = "microvm-reaper-test-zombie-%d" % os.getpid()
 
@@ -551,3 +551,14 @@ def test_the_unit_of_a_process():
 def test_the_lineage_ends_at_init():
     assert processes.lineage(os.getpid())[:2] == [os.getpid(), os.getppid()]
     assert processes.lineage(os.getpid())[-1] == 1 or os.getppid() == 0
+
+
+def test_a_witness_tells_what_is_left_of_it_and_who_does_not_wait(family, boxes, host):
+    parent, (pid,) = family()
+    boxes("box1", pid)
+    one = token(pid, boxes.rules, host)
+    (told,) = zombie.witness(one, boxes.rules, host)
+    assert told["source"] == "/proc/%d/status" % pid
+    assert "State:\tZ (zombie)" in told["text"] and "== parent %d bad parent) state S: " % parent in told["text"]
+    with pytest.raises(ProbeError, match="gone"):
+        zombie.witness(dict(one, identity=one["identity"] + "0"), boxes.rules, host)

@@ -14,6 +14,7 @@ import time
 
 from .. import blame, containerd
 from .. import resource as r
+from ..probe import ProbeError
 
 KIND = "container"
 STOPS = True
@@ -136,6 +137,19 @@ def remove(token, rules, host):
     except containerd.NotFound:
         return r.outcome(token, r.REAPED)
     return r.outcome(token, r.FAILED, "containerd says it was deleted, and still has it")
+
+
+def witness(token, rules, host):
+    """Return the record of the container and its task."""
+    client = containerd.client_for(KIND, token, rules, host)
+    if client is None:
+        raise ProbeError("no rule looks into this namespace")
+    container = client.container(_id(token))
+    if _identity(client, container) != token["identity"]:
+        raise ProbeError("another container of the same id is there now")
+    source = "containerd %s, Containers/Get and Tasks/Get of %s" % (client.address, token["name"])
+    told = {"container": container, "task": client.task(container["id"])}
+    return [{"title": KIND, "source": source, "text": containerd.as_text(told)}]
 
 
 def _describe(client, container, task, vm_id):

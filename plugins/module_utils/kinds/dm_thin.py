@@ -133,6 +133,23 @@ def remove(token, rules, host):
     return refused or _delete(token, volume.pool, volume.thin_id, host)
 
 
+def witness(token, _rules, host):
+    """Return the table, status and other state of the volume and the status of its pool; four commands for all."""
+    if not _is_there(token, host):
+        raise ProbeError("it is not active any more, or another volume has its name now")
+    name, pool = token["name"], token["details"]["pool"]
+    told = [
+        ("info of the volume", host.once("dm info", lambda: dm.devices(host)).get(token["details"]["device"])),
+        ("table of the volume", host.once("dm table thin", lambda: dm.tables(host, "thin")).get(name)),
+        ("status of the volume", host.once("dm status thin", lambda: dm.statuses(host, "thin")).get(name)),
+        ("status of the pool", host.once("dm status thin-pool", lambda: dm.statuses(host, "thin-pool")).get(pool)),
+    ]
+    lines = ["%s: %s" % (what, " ".join("%s=%s" % pair for pair in one._asdict().items()) if one else "none")
+             for what, one in told]
+    source = "dmsetup info, table, status, of all volumes at once: %s in pool %s" % (name, pool)
+    return [{"title": KIND, "source": source, "text": "\n".join(lines) + "\n"}]
+
+
 def _records(number, host):
     """Return what the metadata of a pool say, nothing where they cannot be read."""
     pool = thin_pool.pool(number)

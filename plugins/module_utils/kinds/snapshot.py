@@ -117,6 +117,18 @@ def _nudge(client):
         client.collect_garbage()
 
 
+def witness(token, rules, host):
+    """Return the record of the snapshot."""
+    client, snapshotter, key = _locate(token, rules, host)
+    if client is None:
+        raise ProbeError("no rule looks into this namespace and snapshotter")
+    snapshot = client.snapshot(snapshotter, key)
+    if _identity(client, snapshotter, snapshot) != token["identity"]:
+        raise ProbeError("another snapshot of the same key is there now")
+    source = "containerd %s, Snapshots/Stat of %s" % (client.address, token["name"])
+    return [{"title": KIND, "source": source, "text": containerd.as_text(snapshot)}]
+
+
 def _describe(client, snapshotter, snapshot, vm_id, holders):
     parent = snapshot["parent"]
     return r.resource(

@@ -17,6 +17,7 @@ import time
 
 from .. import blame, processes, safe_tree, units
 from .. import resource as r
+from ..probe import ProbeError
 
 KIND = "zombie"
 STOPS = False
@@ -159,6 +160,19 @@ def _blamed(token, parent, note, host):
     found = _blame[key] or r.holder("process", processes.label(parent))
     message = "its parent %s does not reap it%s" % (found["name"], "; %s" % note if note else "")
     return r.outcome(token, r.DEFERRED, message, holders=[dict(found, note=note)])
+
+
+def witness(token, _rules, host):
+    """Return the status of the zombie, which is all that is left of it, and who has not waited for it."""
+    process = _current(token)
+    if process is None or _identity(host, process) != token["identity"]:
+        raise ProbeError("it is gone, or another process has its pid now")
+    text = "%s== parent %s\n== its cgroup\n%s" % (
+        processes.read(process.pid, "status") or "",
+        processes.described(process.parent),
+        processes.read(process.parent, "cgroup") or "",
+    )
+    return [{"title": KIND, "source": "/proc/%d/status" % process.pid, "text": text}]
 
 
 class _Claim:
