@@ -204,6 +204,12 @@ def plan(facts, share, policy, kinds):
     return _plan(facts, share, policy, tokens=tokens, ledger=ledger, **found)
 
 
+def hold_of(policy, kind, share, vm_id):
+    """Return how many seconds a thing of this kind waits by a complete policy, with what the share says of its VM."""
+    grade = TOMBSTONED if share["proven"] and vm_id in share["tombstones"] else ABSENT
+    return policy["hold"].get(kind, policy["hold"][ANY_KIND])[grade]
+
+
 def is_permitted(running, evidence):
     """Tell whether the policy ``running`` lets a running thing be ended on this evidence."""
     return running == CONFIRMED and evidence != UNPROVEN or running == TOMBSTONED and evidence == TOMBSTONED
@@ -460,9 +466,7 @@ class _Judge:
 
     def hold(self, kind, vm_id):
         """Return how many seconds a thing waits between the step that can be taken back and the one that cannot."""
-        holds = self.policy["hold"]
-        grade = TOMBSTONED if self._evidence(vm_id) == TOMBSTONED else ABSENT
-        return holds.get(kind, holds[ANY_KIND])[grade]
+        return hold_of(self.policy, kind, self.share, vm_id)
 
     def family(self, vm_id, members):
         """Return ``{verdict, evidence, strikes, reasons, resources}``; members are judged in ``resources``."""
