@@ -180,7 +180,7 @@ def test_a_table_that_is_loaded_and_not_yet_active_has_the_volume(reaper, pool):
 def test_a_device_of_two_volumes_has_both(reaper, pool):
     for thin_id in (1, 2):
         unmapped(pool, thin_id, 1)
-    table = "0 65536 thin /dev/mapper/{0} 1\\n65536 65536 thin /dev/mapper/{0} 2\\n".format(pool.name)
+    table = f"0 65536 thin /dev/mapper/{pool.name} 1\\n65536 65536 thin /dev/mapper/{pool.name} 2\\n"
     reaper.shell("printf '%s' | dmsetup create joined" % table)
     assert reaper.ids() == set()
 
@@ -239,14 +239,15 @@ def test_what_cannot_be_proved_is_not_deleted(reaper, pool, change, result, mess
 
 
 def reload(reaper, pool, features):
-    table = "dmsetup table {0} | sed 's/ 1 skip_block_zeroing */ {1}/'".format(pool, features)
-    reaper.shell('dmsetup load {0} --table "$({1})"; dmsetup suspend {0}; dmsetup resume {0}'.format(pool, table))
+    table = f"dmsetup table {pool} | sed 's/ 1 skip_block_zeroing */ {features}/'"
+    reaper.shell(f'dmsetup load {pool} --table "$({table})"; dmsetup suspend {pool}; dmsetup resume {pool}')
 
 
 def aside(thin_id, **changes):
     """Return what a ledger has of a volume that a reaper deactivated."""
     token = {"kind": "dm_thin", "name": "hyper-rw-v1", "vm_id": "v1", "identity": "x", "stop": False}
-    return dict(token, details=dict({"pool": POOL, "pool_uuid": "", "pool_device": "254:0", "thin_id": thin_id}, **changes))
+    details = {"pool": POOL, "pool_uuid": "", "pool_device": "254:0", "thin_id": thin_id}
+    return dict(token, details=dict(details, **changes))
 
 
 def remember(reaper, realm="prod", **changes):
@@ -292,7 +293,7 @@ def test_only_pools_that_a_rule_names_and_nobody_manages(reaper, pool):
     tokens = reaper.token(1)
     for uuid, who in (("LVM-abc-tpool", "lvm"), ("stratis-1-x", "stratis")):
         table = reaper.shell("dmsetup table " + pool.name).strip()
-        reaper.shell("dmsetup remove {0}; dmsetup create {0} -u {1} --table '{2}'".format(pool.name, uuid, table))
+        reaper.shell(f"dmsetup remove {pool.name}; dmsetup create {pool.name} -u {uuid} --table '{table}'")
         assert "is managed by %s" % who in reaper.unavailable()
         assert reaper.ask("remove", tokens)["error"] == "ProbeError"
         assert pool.has_id(1)
@@ -312,8 +313,8 @@ def test_row_24_a_metadata_snapshot_of_somebody_else_is_respected(reaper, pool):
 
 def test_a_reaper_that_reads_the_metadata_is_not_disturbed_by_another(reaper, pool):
     unmapped(pool, 1, 1)
-    collect = json.dumps({"kind": "thin_id", "act": "collect", "tokens": [], "rules": RULES, "before": [], "seconds": 20})
-    other = "echo %s | python3 /tmp/driver.py > /run/other; cat /run/other" % shlex.quote(collect)
+    ask = {"kind": "thin_id", "act": "collect", "tokens": [], "rules": RULES, "before": [], "seconds": 20}
+    other = "echo %s | python3 /tmp/driver.py > /run/other" % shlex.quote(json.dumps(ask))
     # While ours has its metadata snapshot, another reaper looks too: it has to wait, and gives up.
     answer = reaper.ask("collect", before=[{"command": "thin_dump", "shell": other}])
     assert len(answer["result"]["resources"]) == 1

@@ -273,9 +273,8 @@ class World:
 
     def leases_list(self, _ask):
         expiry = containerd.GC_EXPIRE
-        return [
-            {"leases": [{"id": one, "labels": {expiry: self.expiry[one]} if one in self.expiry else {}} for one in self.leases]}
-        ]
+        labels = {one: {expiry: until} for one, until in self.expiry.items()}
+        return [{"leases": [{"id": one, "labels": labels.get(one, {})} for one in self.leases]}]
 
     def leases_create(self, ask):
         assert ask["id"] and containerd.GC_EXPIRE in ask["labels"]
@@ -664,8 +663,7 @@ def open_socket(world):
 def test_the_same_key_in_another_namespace_is_another_snapshot(world):
     rules = [dict(world.place, name="(?P<vm_id>s)")]
     world.add_snapshot("s")
-    created = {"seconds": 1, "nanos": 1}
-    world.strangers = [{"id": "x", "labels": {}, "snapshotter": "overlayfs", "snapshot_key": "s", "created_at": created}]
+    world.strangers = [{"id": "x", "labels": {}, "snapshotter": "overlayfs", "snapshot_key": "s"}]
     one = token(world, snapshot, rules, "vms/overlayfs/s")
     assert result(snapshot.remove(one, rules, Host())) == ("reaped", [])
 

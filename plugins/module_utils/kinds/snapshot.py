@@ -262,7 +262,7 @@ def _has(container, directories, asked):
 
 
 def _spec_paths(spec):
-    """Yield what the spec of a container takes from the host: its root, the sources of mounts, directories in options."""
+    """Yield the paths of the host in a container's spec: its root, sources of mounts, directories in their options."""
     yield str((spec.get("root") or {}).get("path") or "")
     for mount in spec.get("mounts") or []:
         yield str(mount.get("source") or "")
