@@ -203,10 +203,9 @@ def _used(client, snapshotter, snapshot, host):
     if not directories and not devices:
         return []
     found = [r.holder("mount", containerd.printable(point)) for point in mount_points(directories, devices)]
-    mine = (client.namespace, snapshot["name"])
     for other in containerd.all_clients(client.address, host):
         for container in other.containers():
-            if (other.namespace, container["snapshot_key"]) != mine and _has(container, directories, asked):
+            if _has(container, directories, asked):
                 found.append(r.holder("container", "%s/%s" % (other.namespace, containerd.printable(container["id"]))))
     return found
 
@@ -239,7 +238,7 @@ def mount_points(directories, devices):
             continue  # ended while we looked
         uppers = mounts.points_with(text, UPPER, directories)
         for mount in mounts.parse(text):
-            places = [mount.point, *mounts.seen_as(mount, here)]
+            places = mounts.seen_as(mount, here)
             is_below = any(mounts.is_same_or_above(one, place) for one in directories for place in places)
             if is_below or mount.device in devices or mount.point in uppers:
                 found.add(mount.point)
