@@ -391,7 +391,8 @@ def test_a_lease_that_is_over_is_collected_by_its_owner(reaper):
     assert reaper.act("snapshot", "remove", rules, kept) == held
     assert reaper.act("snapshot", "inspect", rules, [found["over-pinned"], found["over-free"]]) == [None, None]
     assert {"old", "just", "later"} <= leases()
-    assert reaper.act("snapshot", "remove", rules, [found["over-pinned"], found["over-free"]]) == [("reaped", [])] * 2
+    # The first one lets containerd collect; what nothing else holds goes with the lease then.
+    assert reaper.act("snapshot", "remove", rules, [found["over-free"], found["over-pinned"]]) == [("reaped", [])] * 2
     assert "later" in leases() and not {"old", "just"} & leases()
     assert not any(name.startswith("microvm.reaper") for name in leases())
     keys = {line.split()[0] for line in reaper.ctr("snapshots ls").splitlines()[1:]}

@@ -613,6 +613,18 @@ def test_mount_points(monkeypatch):
     assert snapshot.mount_points(set(), set()) == []
 
 
+def test_a_process_that_ends_while_we_look_does_not_hide_those_of_its_namespace(monkeypatch):
+    def text(pid="self"):
+        if pid == 2:
+            raise FileNotFoundError(pid)
+        return THERE if pid == 3 else HERE
+
+    monkeypatch.setattr(snapshot.mounts, "text", text)
+    monkeypatch.setattr(snapshot.processes, "pids", lambda: [1, 2, 3])
+    monkeypatch.setattr(snapshot.os, "readlink", lambda path: "mnt:" + ("2" if "/2/" in path or "/3/" in path else "1"))
+    assert snapshot.mount_points({"/s/2"}, set()) == ["/data"]
+
+
 def test_what_is_mounted_in_a_snapshot_holds_it(monkeypatch):
     """Whoever removes the directory removes what is in it."""
     inside = HERE + "93 20 0:60 / /s/5/fs/mnt rw - tmpfs tmpfs rw\n"

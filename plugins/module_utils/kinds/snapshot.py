@@ -227,15 +227,15 @@ def mount_points(directories, devices):
     mounted in them: removing a directory would remove that too.
     """
     here, found, seen = mounts.by_device(mounts.read()), set(), set()
-    for pid in processes.pids():
+    for pid in ["self", *processes.pids()]:
         try:
-            namespace = os.readlink("/proc/%d/ns/mnt" % pid)
+            namespace = os.readlink("/proc/%s/ns/mnt" % pid)
             if namespace in seen:
                 continue
-            seen.add(namespace)
             text = mounts.text(pid)
         except OSError:
-            continue  # ended while we looked
+            continue  # ended while we looked; others may be in the same namespace
+        seen.add(namespace)
         uppers = mounts.points_with(text, UPPER, directories)
         for mount in mounts.parse(text):
             places = mounts.seen_as(mount, here)
