@@ -90,6 +90,16 @@ _RULES = {
           type: str
           default: /run/containerd/containerd.sock
         """,
+    "thin_id": """
+        pool:
+          description: The device-mapper name of a thin pool that holds volumes of VMs and nothing else.
+          type: str
+          required: true
+        address:
+          description: The socket of containerd, whose devmapper snapshotter may have volumes in a pool.
+          type: str
+          default: /run/containerd/containerd.sock
+        """,
     "zombie": """
         command:
           description: Regular expression for the whole command name of the process.

@@ -35,9 +35,9 @@ Every function may raise ProbeError or OSError; the caller turns these into a fa
 
 from __future__ import annotations
 
-from .kinds import cgroup, container, dm_thin, jail, snapshot, zombie
+from .kinds import cgroup, container, dm_thin, jail, snapshot, thin_id, zombie
 
-ORDER = (container, snapshot, jail, dm_thin, cgroup, zombie)
+ORDER = (container, snapshot, jail, dm_thin, thin_id, cgroup, zombie)
 
 BY_NAME = {kind.KIND: kind for kind in ORDER}
 # What the planner needs to know of the kinds, as data: it imports nothing that touches a host.

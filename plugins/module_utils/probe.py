@@ -22,6 +22,7 @@ import time
 # the C locale, because a few of them are recognised by their text.
 COMMANDS = {
     "dmsetup": ("dmsetup",),
+    "systemctl": ("systemctl",),
     "thin_dump": ("thin_dump",),
 }
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/sbin:/usr/local/bin"

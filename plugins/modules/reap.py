@@ -126,9 +126,18 @@ outcomes:
       description: What its removal gave back.
       type: int
     holders:
-      description: Who keeps it busy.
+      description:
+        - Who keeps it busy, each with C(type) and, in a sentence, C(name).
+        - A process has C(pid), C(command), C(unit), C(container), C(mount_namespace) where it is another one than the
+          reaper's, and C(by), by what it holds it (C(cwd), C(root), C(exe), C(map), C(fd 12)), C(fd) being the first
+          descriptor. The parent of a zombie has C(image) of its container and C(note), what was tried in vain. A block
+          device has its number, C(device).
       type: list
       elements: dict
+    restarted:
+      description: The systemd unit that was restarted for a zombie's sake.
+      type: str
+      returned: when a unit was restarted
   sample:
     - kind: dm_thin
       name: hyper-rw-vabc234

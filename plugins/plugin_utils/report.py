@@ -43,13 +43,16 @@ def text(realm, manifest, hosts, *, check_mode=False, abort=None, sweep="", unpu
     lines += ["NOT PUBLISHED: %s" % unpublished] if unpublished else []
     lines += _table(rows) if rows else []
     lines += _undo(hosts, sweep)
-    lines += _limited(_troubles(hosts, abort) + _held(hosts) + _failed(hosts))
+    lines += _limited(_troubles(hosts, abort) + _held(hosts) + _unreaped(hosts) + _failed(hosts))
     lines += _unseen(hosts)
     return "\n".join(printable(line) for line in lines)
 
 
 def as_json(realm, manifest, hosts, *, check_mode=False, abort=None, sweep="", unpublished=None):
-    """Return the same as a structure, with every family and every outcome."""
+    """Return the same as a structure, with every family and every outcome.
+
+    ``zombies`` are those that are left, by parent: ``[{parent: HOLDER, count, vms: [vm_id]}]``.
+    """
     hosts = _believed(hosts)
     said = ("source", "epoch", "count", "generated_at", "unproven")
     return {
@@ -72,6 +75,7 @@ def as_json(realm, manifest, hosts, *, check_mode=False, abort=None, sweep="", u
                 "families": one["plan"]["families"] if one["plan"] else None,
                 "notices": one["plan"]["notices"] if one["plan"] else [],
                 "aside": _aside(one),
+                "zombies": _zombies(one),
                 "outcomes": one["outcomes"],
             }
             for host, one in sorted(hosts.items())
@@ -213,6 +217,10 @@ def _headline(realm, manifest, hosts, summary, check_mode, abort):
     )
 
 
+def _waits(reasons):
+    return reasons[0]["code"] == WAITS
+
+
 def _undo(hosts, sweep):
     """Say how to bring back what this sweep has set aside."""
     if not any(outcome["outcome"] == "set_aside" for one in hosts.values() for outcome in one["outcomes"]):
@@ -262,11 +270,11 @@ def _held(hosts):
         for vm_id, family in one["plan"]["families"].items() if one["plan"] else ():
             for member in family["resources"]:
                 reasons = member["reasons"] or family["reasons"]
-                if member["verdict"] in HELD and reasons and reasons[0]["code"] != WAITS:
+                if member["verdict"] in HELD and reasons and not (_waits(reasons) or _is_its_parents(member)):
                     code = member["verdict"] if member["verdict"] != "held" else reasons[0]["code"]
                     groups.setdefault((host, member["kind"], code), []).append((vm_id, reasons[0]["text"]))
         for outcome in one["outcomes"]:
-            if outcome["outcome"] in ("deferred", "identity_changed"):
+            if outcome["outcome"] in ("deferred", "identity_changed") and not _is_its_parents(outcome):
                 who = ", ".join("%(type)s %(name)s" % holder for holder in outcome["holders"][:3])
                 said = "%s%s" % (outcome["message"] or outcome["outcome"], " (%s)" % who if who else "")
                 groups.setdefault((host, outcome["kind"], outcome["outcome"]), []).append((outcome["vm_id"], said))
@@ -274,6 +282,48 @@ def _held(hosts):
         "%s: %s held (%s): %s: %s%s" % (host, kind, code, cases[0][0], cases[0][1], _more(len(cases) - 1))
         for (host, kind, code), cases in sorted(groups.items())
     ]
+
+
+def _is_its_parents(one):
+    """Tell whether this is a zombie, held or deferred, of which we know the parent that does not reap it."""
+    if one["kind"] != "zombie" or one.get("outcome", one.get("verdict")) not in ("deferred", "held"):
+        return False
+    return any(holder["type"] == "process" and "note" in holder for holder in one["holders"])
+
+
+def _zombies(one):
+    """Return the zombies of a host that are left, grouped by their parent and by what it is left alone for."""
+    groups = {}
+    families = one["plan"]["families"].items() if one["plan"] else ()
+    found = [(vm_id, member) for vm_id, family in families for member in family["resources"]]
+    for vm_id, zombie in found + [(outcome["vm_id"], outcome) for outcome in one["outcomes"]]:
+        if _is_its_parents(zombie):
+            parent = zombie["holders"][0]
+            group = groups.setdefault((parent["name"], str(parent.get("note"))), {"parent": parent, "vms": []})
+            group["vms"].append(vm_id)
+    return [
+        {"parent": group["parent"], "count": len(group["vms"]), "vms": sorted(set(group["vms"]))}
+        for _key, group in sorted(groups.items())
+    ]
+
+
+def _unreaped(hosts):
+    """One line for each host and parent that does not reap its zombies, and for each unit that was restarted."""
+    lines = []
+    for host, one in sorted(hosts.items()):
+        for group in _zombies(one):
+            several, vms, note = group["count"] > 1, len(group["vms"]), group["parent"].get("note")
+            lines.append("%s: %d zombie%s of %d VM%s, %s parent %s does not reap %s%s" % (
+                host,
+                group["count"], "s" if several else "",
+                vms, "s" if vms > 1 else "",
+                "their" if several else "its",
+                group["parent"]["name"],
+                "them" if several else "it",
+                "; %s" % note if note else "",
+            ))
+        lines += ["%s: %s" % (host, outcome["message"]) for outcome in one["outcomes"] if outcome.get("restarted")]
+    return lines
 
 
 def _failed(hosts):

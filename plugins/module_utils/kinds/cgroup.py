@@ -17,7 +17,7 @@ import select
 import signal
 import time
 
-from .. import mounts, processes
+from .. import blame, mounts, processes
 from .. import resource as r
 from ..probe import Absent, ProbeError, read_once, read_text
 
@@ -290,7 +290,7 @@ def _descendants(path):
 
 def _processes(path):
     """Return holders that name what runs in the cgroup."""
-    return [one for one in map(processes.holder, _pids(path)[:MAX_HOLDERS]) if one is not None]
+    return [one for one in map(blame.process, _pids(path)[:MAX_HOLDERS]) if one is not None]
 
 
 def _kill(token, cgroup):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import time
 
-from .. import containerd
+from .. import blame, containerd
 from .. import resource as r
 from ..probe import ProbeError
 
@@ -196,7 +196,7 @@ def _runs(task):
 
 
 def _processes(task):
-    return [] if task is None else [r.holder("process", str(task["pid"]))]
+    return [] if task is None else [blame.task(task["pid"], task["container_id"] or task["id"])]
 
 
 def _kill(client, name):

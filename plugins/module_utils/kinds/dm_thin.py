@@ -35,8 +35,6 @@ RULE = {
 # Whatever probes new and changed block devices, udevd for one, opens them for moments.
 BUSY_TRIES = 5
 BUSY_PAUSE = 0.2
-# Volumes that other managers keep account of, by the beginning of their own or their pool's uuid.
-MANAGERS = (("LVM-", "lvm"), ("stratis-", "stratis"))
 TAG = "microvm-reaper-"
 FAILED_POOL = ["Fail"]
 
@@ -249,7 +247,7 @@ def _describe(volume, vm_id, status, trouble, host):
 def _holders(device, pool, trouble):
     """Return what forbids the removal of a volume, whoever has it open."""
     found = []
-    for prefix, manager in MANAGERS:
+    for prefix, manager in thin_pool.MANAGERS:
         if device.uuid.startswith(prefix) or pool.uuid.startswith(prefix):
             found.append(r.holder(manager, device.name))
     if re.fullmatch(re.escape(pool.name) + r"-snap-\d+", device.name):
@@ -371,18 +369,15 @@ def _deactivate(token, volume, host):
 
 def _delete(token, pool, thin_id, host):
     """Delete a thin id that no device uses any more. ``bytes`` is what the pool has free more than before."""
-    before = thin_pool.read_health(pool, host).used_bytes
     where = "thin id %d of pool %s" % (thin_id, pool.name)
     if dm.incarnation(pool.number) != pool.incarnation:
         left = r.outcome(token, r.FAILED, "deactivated, but %s remains: the pool was deactivated too" % where)
         return dict(left, unfinished=True)
-    rc, _out, err = dm.dmsetup(host, "message", "--", pool.name, "0", "delete %d" % thin_id)
-    if rc != 0 and dm.NO_DATA not in err:
-        left = r.outcome(token, r.FAILED, "deactivated, but %s remains: %s" % (where, dm.reason(err)))
+    given_back, complaint = thin_pool.delete(pool, thin_id, host)
+    if complaint:
+        left = r.outcome(token, r.FAILED, "deactivated, but %s remains: %s" % (where, complaint))
         return dict(left, unfinished=True)
-    after = thin_pool.read_health(pool, host).used_bytes
-    given_back = before - after if before is not None and after is not None else 0
-    return r.outcome(token, r.REAPED, bytes_given_back=max(given_back, 0))
+    return r.outcome(token, r.REAPED, bytes_given_back=given_back)
 
 
 def _resumable(token, rules, host):

@@ -18,7 +18,7 @@ import os
 import re
 import time
 
-from .. import mounts, processes, safe_read, safe_tree
+from .. import blame, mounts, processes, safe_read, safe_tree
 from .. import resource as r
 from ..probe import Absent, ProbeError, boottime
 
@@ -38,6 +38,7 @@ RULE = {
 # One act must end well before the reaper gives up on it; a tree that takes longer is finished in later sweeps.
 REMOVE_SECONDS = 20.0
 RESERVE_SECONDS = 0.5
+MAX_HOLDERS = 20
 # How much a witness tells of a jail.
 MAX_LISTED, LISTED_DEPTH = 300, 6
 MAX_LOGS, LOG_BYTES = 10, 64 * 1024
@@ -167,9 +168,11 @@ def _refusal(token, tree, path=None):
     if tree.identity() != token["identity"]:
         return r.outcome(token, r.IDENTITY_CHANGED, "another jail of the same name is there now")
     path = path or tree.path
-    pids = _inside({path}, processes.places(mounts.read()))[path]
-    if pids:
-        holders = [processes.holder(pid) for pid in sorted(pids)[:20]]
+    by = collections.defaultdict(list)
+    for pid, name in _inside({path}, processes.places(mounts.read()))[path]:
+        by[pid].append(name)
+    if by:
+        holders = [blame.process(pid, by[pid]) for pid in sorted(by)[:MAX_HOLDERS]]
         return r.outcome(token, r.DEFERRED, "processes are in it", holders=[one for one in holders if one])
     return None
 
