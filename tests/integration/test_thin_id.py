@@ -448,3 +448,14 @@ def test_twenty_ids_in_one_sweep(reaper, pool):
     assert sum(one["bytes"] for one in answer["result"]) == 20 * 65536
     print("20 thin ids: %.2f s" % answer["seconds"])
     assert reaper.used(pool.name) == 0
+
+
+def test_a_witness_tells_what_the_metadata_said_and_how_the_pool_is(reaper, pool):
+    for thin_id in (1, 2):
+        unmapped(pool, thin_id, 1)
+    answer = reaper.ask("witness", [*reaper.token(1), *reaper.token(2)])
+    assert "error" not in answer and len(answer["commands"]) == 1, answer
+    (told,) = answer["result"][1]
+    lines = dict(line.split(": ", 1) for line in told["text"].splitlines())
+    assert (lines["thin_id"], lines["pool"]) == ("2", POOL) and "'device': [" in lines["record"]
+    assert " rw " in lines["status of the pool"]
