@@ -486,3 +486,14 @@ def test_the_role_reports_them_and_reaps_them_when_it_is_told_to(kernel):
     (one,) = outcomes(done).values()
     assert (one["name"], one["outcome"], one["bytes"]) == (POOL + "/9000", "reaped", MIB), done.output
     assert kernel.check("gone") == []
+
+
+def test_a_witness_tells_what_the_metadata_said_and_how_the_pool_is(reaper, pool):
+    for thin_id in (1, 2):
+        unmapped(pool, thin_id, 1)
+    answer = reaper.ask("witness", [*reaper.token(1), *reaper.token(2)])
+    assert "error" not in answer and len(answer["commands"]) == 1, answer
+    (told,) = answer["result"][1]
+    lines = dict(line.split(": ", 1) for line in told["text"].splitlines())
+    assert (lines["thin_id"], lines["pool"]) == ("2", POOL) and "'device': [" in lines["record"]
+    assert " rw " in lines["status of the pool"]
