@@ -1,0 +1,129 @@
+# Copyright: The microvm.reaper authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""Fuzz targets one after the other: `run.py [--seconds 60] [--target NAME]... [--keep]`. README.md says how to read it."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+sys.path[:0] = [str(ROOT / "collections"), str(ROOT / "tests")]
+
+from fuzz.target import CORPUS, Target, kept, targets  # noqa: E402
+
+CACHE = ROOT / ".cache/fuzz"
+INPUT_SECONDS = 5
+MEMORY_MB = 1024
+# Beyond what it was given, for the imports and the last input.
+GRACE_SECONDS = 60
+MOST_FILES = 60
+EXECUTED = re.compile(r"number_of_executed_units:\s*(\d+)")
+# What libFuzzer and Python say of an input that is wrong.
+TROUBLE = re.compile(r"^(?: === |==\d+== ERROR|[A-Za-z_.]+(?:Error|Exception|Timeout)\b|ALARM:|SUMMARY:)")
+
+
+def fuzz(target: Target, seconds: float) -> bool:
+    """Fuzz one target, say in a line what came of it; tell whether nothing was found."""
+    found, crashes = CACHE / "corpus" / target.name, CACHE / "crashes"
+    for directory in (found, crashes, CORPUS / target.name):
+        directory.mkdir(parents=True, exist_ok=True)
+    before = set(crashes.iterdir())
+    started = time.monotonic()
+    output = _one(
+        target,
+        [
+            "-max_total_time=%d" % max(1, round(seconds)),
+            "-timeout=%d" % INPUT_SECONDS,
+            "-artifact_prefix=%s/%s-" % (crashes, target.name),
+            "-print_final_stats=1",
+            str(found),
+            str(CORPUS / target.name),
+        ],
+        seconds + GRACE_SECONDS,
+    )
+    executed = EXECUTED.search(output)
+    files = sorted(set(crashes.iterdir()) - before)
+    is_clean = executed is not None and not files
+    numbers = (target.name, int(executed[1]) if executed else 0, time.monotonic() - started)
+    sizes = (len(kept(target.name)), len(list(found.iterdir())))
+    verdict = "clean" if is_clean else "FOUND"
+    print("%-20s %9d inputs in %5.0f s  corpus %3d kept, %5d found  %s" % (*numbers, *sizes, verdict), flush=True)
+    if not is_clean:
+        print("\n".join(_story(output)))
+        for path in files:
+            print("    the input is %s" % path.relative_to(ROOT), flush=True)
+    return is_clean
+
+
+def keep(target: Target) -> None:
+    """Add to the kept corpus what of the found one reaches code that nothing kept does, smallest first."""
+    found = CACHE / "corpus" / target.name
+    if not found.is_dir():
+        return
+    here = CORPUS / target.name
+    here.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as directory:
+        merged = Path(directory)
+        for path in kept(target.name):
+            shutil.copy(path, merged)
+        # Which code, not how often: the latter would keep thousands.
+        _one(target, ["-merge=1", "-use_counters=0", directory, str(found)], 600)
+        new = [path for path in sorted(merged.iterdir(), key=lambda path: path.stat().st_size)
+               if not (here / path.name).exists()]
+        room = MOST_FILES - len(kept(target.name))
+        for path in new[: max(0, room)]:
+            shutil.copy(path, here / path.name[:12])
+    print("%-20s %d files kept, %d of them new" % (target.name, len(kept(target.name)), min(len(new), max(0, room))))
+
+
+def _one(target: Target, arguments: list[str], seconds: float) -> str:
+    """Run libFuzzer on a target; return what it printed."""
+    command = [
+        sys.executable, str(HERE / "one.py"), target.name, "-max_len=%d" % target.max_length,
+        "-rss_limit_mb=%d" % MEMORY_MB, *arguments,
+    ]  # fmt: skip
+    try:
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds)
+    except subprocess.TimeoutExpired as err:
+        return "%s\nTimeout: it did not end by itself" % (err.stdout or b"").decode("utf-8", "replace")
+    return done.stdout.decode("utf-8", "replace")
+
+
+def _story(output: str) -> list[str]:
+    """Return the lines that say what is wrong, and where."""
+    lines = output.split("\n")
+    begin = next((number for number, line in enumerate(lines) if TROUBLE.match(line)), max(0, len(lines) - 20))
+    return ["    " + line[:300] for line in lines[begin : begin + 40]]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=60.0, help="for all targets together")
+    parser.add_argument("--target", action="append", default=[], help="only this one; may be repeated")
+    parser.add_argument("--keep", action="store_true", help="add what was found before to the kept corpus, and end")
+    options = parser.parse_args()
+    known = targets()
+    unknown = [name for name in options.target if name not in known]
+    if unknown:
+        print("there is no target %s; there are %s" % (", ".join(unknown), ", ".join(known)), file=sys.stderr)
+        return 2
+    chosen = [known[name] for name in options.target or known]
+    if options.keep:
+        for target in chosen:
+            keep(target)
+        return 0
+    found = [target.name for target in chosen if not fuzz(target, options.seconds / len(chosen))]
+    print("found something: %s" % ", ".join(found) if found else "all clean")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

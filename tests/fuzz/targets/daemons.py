@@ -1,0 +1,188 @@
+# Copyright: The microvm.reaper authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""What containerd and Firecracker answer on their sockets."""
+
+from __future__ import annotations
+
+import io
+import json
+
+from ansible_collections.microvm.reaper.plugins.module_utils import containerd, grpc, hpack, protobuf
+from ansible_collections.microvm.reaper.plugins.module_utils import resource as r
+from ansible_collections.microvm.reaper.plugins.module_utils.kinds import container, snapshot
+from ansible_collections.microvm.reaper.plugins.module_utils.probe import ProbeError
+from ansible_collections.microvm.reaper.plugins.module_utils.supervisors import containerd as tasks
+from ansible_collections.microvm.reaper.plugins.module_utils.supervisors import firecracker
+from ansible_collections.microvm.reaper.plugins.plugin_utils import facts
+
+from ..target import target
+
+ANSWERS = [tell for _name, (_ask, tell) in sorted(containerd.CALLS.items()) if tell]
+UNKNOWN = protobuf.encode({99: ("a", protobuf.TEXT)}, {"a": "what a later version says"})
+FAR = float("inf")
+
+
+@target()
+def containerd_message(data):
+    """Raises ProtobufError only. The first byte chooses the message. What was read, written again, reads the same."""
+    table, message = ANSWERS[data[0] % len(ANSWERS)] if data else ANSWERS[0], data[1:]
+    try:
+        found = protobuf.decode(table, message)
+    except protobuf.ProtobufError:
+        return
+    again = protobuf.decode(table, protobuf.encode(table, found))
+    assert _filled(again) == _filled(found), (found, again)
+    assert protobuf.decode(table, message + UNKNOWN) == found
+
+
+def _filled(value):
+    """Return a message without empty texts in lists, which are not written."""
+    if isinstance(value, dict):
+        return {key: _filled(one) for key, one in value.items()}
+    return [_filled(one) for one in value if one] if isinstance(value, list) else value
+
+
+@target()
+def headers(data):
+    """Raises HpackError only. What was read, written again, reads the same; a Huffman code has one way to be written."""
+    try:
+        found = hpack.decode(data)
+    except hpack.HpackError:
+        found = []
+    assert hpack.decode(hpack.encode(found)) == found
+    try:
+        text = hpack.huffman_decode(data)
+    except hpack.HpackError:
+        return
+    assert _huffman(text) == data
+
+
+def _huffman(text):
+    codes = {symbol: (length, code) for (length, code), symbol in hpack.SYMBOLS.items()}
+    bits = "".join("{:0{}b}".format(code, length) for length, code in map(codes.get, text))
+    bits += "1" * (-len(bits) % 8)
+    return int(bits or "0", 2).to_bytes(len(bits) // 8, "big")
+
+
+class _Socket:
+    """A peer that has said all it says."""
+
+    def __init__(self, data):
+        self.stream = io.BytesIO(data)
+
+    def settimeout(self, seconds):
+        pass
+
+    def sendall(self, data):
+        pass
+
+    def recv(self, size, flags=0):
+        here = self.stream.tell()
+        data = self.stream.read(size)
+        if flags:
+            self.stream.seek(here)
+        return data
+
+    def recv_into(self, buffer, size):
+        data = self.stream.read(size)
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self):
+        pass
+
+
+class _Connection(grpc.Connection):
+    def __init__(self, data):
+        self.peer = _Socket(data)
+        super().__init__("/run/fuzz.sock", 60.0)
+
+    def _connect(self):
+        return self.peer
+
+
+@target()
+def grpc_answer(data):
+    """Raises ProbeError only. Messages are no longer than what came. An answer that lost its end is refused."""
+    try:
+        messages, used = _asked(data)
+    except ProbeError:
+        return
+    assert sum(len(message) + 5 for message in messages) <= used <= len(data)
+    for end in {used - 1, used - 9, used // 2}:
+        try:
+            _asked(data[: max(end, 0)])
+        except ProbeError:
+            continue
+        raise AssertionError("an answer of %d bytes was accepted when %d of them had come" % (used, end))
+
+
+def _asked(data):
+    connection = _Connection(data)
+    messages = list(connection.call("a/B", b"", 60.0))
+    used = connection.peer.stream.tell() - len(connection.buffer)
+    connection.is_usable()
+    return messages, used
+
+
+class _Host:
+    def remaining(self):
+        return 60.0
+
+
+class _Daemon:
+    """Answers call after call with what the fuzzer wrote: calls end in a line of ====, messages in one of ----."""
+
+    def __init__(self, data):
+        self.calls = data.split(b"\n====\n")
+
+    def call(self, method, request, timeout, metadata=()):
+        yield from self.calls.pop(0).split(b"\n----\n") if self.calls else ()
+
+
+@target(max_length=8192)
+def containerd_kinds(data):
+    """Raises ProbeError only. What a kind takes out of any answers is accepted by the controller's check of facts."""
+    rules = [
+        {"namespace": "default", "name": "vm-(?P<vm_id>.*)", "address": "/run"},
+        {"namespace": "default", "label": "vm", "address": "/run"},
+    ]
+    before = containerd._connection
+    try:
+        for kind in (container, snapshot):
+            containerd._connection = lambda address, timeout, daemon=_Daemon(data): daemon
+            try:
+                found = kind.collect(rules, _Host())
+            except ProbeError:
+                continue
+            table = json.loads(json.dumps(r.columns(found["resources"])))
+            # A daemon can name one container twice; that the controller refuses.
+            if len(set(table["name"])) == len(table["name"]):
+                facts._check_columns(kind.KIND, table)
+            for one in found["resources"]:
+                assert one["vm_id"] in one["name"] or one["vm_id"].encode() in data, one
+        containerd._connection = lambda address, timeout, daemon=_Daemon(data): daemon
+        options = {"namespaces": ["default"], "name": None, "label": "vm", "address": "/run"}
+        try:
+            alive = tasks.alive(options, _Host())
+        except ProbeError:
+            return
+        assert facts._are_vm_ids(list(alive)) and facts._are_names(list(alive.values())), alive
+    finally:
+        containerd._connection = before
+
+
+@target()
+def firecracker_answer(data):
+    """Never raises. The VM of the socket is alive whatever is answered; another id is one, and stands in the answer.
+
+    An answer of which the end is missing makes no sense, and so names no other VM.
+    """
+    one = firecracker.Socket("v1", "/", [], "/x")
+    found = firecracker._instance(_Socket(data), FAR)
+    said = dict(firecracker._said(one, found))
+    assert "v1" in said and facts._are_vm_ids(list(said)) and facts._are_names(list(said.values())), said
+    if found is None:
+        assert list(said) == ["v1"]
+        return
+    assert len(found[1]) <= 40 and firecracker._instance(_Socket(data[: data.rfind(b"}")]), FAR) is None

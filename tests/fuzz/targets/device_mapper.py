@@ -1,0 +1,101 @@
+# Copyright: The microvm.reaper authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""What dmsetup and thin_dump print, and our own note of metadata snapshots."""
+
+from __future__ import annotations
+
+import re
+
+from ansible_collections.microvm.reaper.plugins.module_utils import dm, thin_pool
+from ansible_collections.microvm.reaper.plugins.module_utils.probe import ProbeError
+
+from ..target import scratch, target, text_of
+
+
+@target()
+def dm_info(data):
+    """Never raises. Each device is a whole line of the text, by other means than the parser's."""
+    text = text_of(data)
+    lines = set(text.split("\n"))
+    for number, device in dm.parse_info(text).items():
+        assert number == device.number and re.fullmatch("[0-9]+:[0-9]+", number), number
+        assert "/" not in device.name and device.name
+        state = "Suspended" if device.suspended else "Active"
+        assert any(
+            line.startswith(number.replace(":", "/") + "/")
+            and line.endswith("/%s/%s" % (device.name, device.uuid))
+            and "/%s/" % state in line
+            for line in lines
+        ), device
+
+
+@target()
+def dm_lines(data):
+    """Never raises. A name has its line alone, and the words are the rest of that line."""
+    text = text_of(data)
+    lines = text.split("\n")
+    for kind in ("thin", "thin-pool"):
+        for name, line in dm.parse_lines(text, kind).items():
+            (mine,) = [one for one in lines if one.rpartition(": ")[0] == name]
+            start, _blank, rest = mine[len(name) + 2 :].partition(" ")
+            assert start == "0" and line.sectors >= 0
+            assert rest.split()[1:] == [kind, *line.words] and int(rest.split()[0]) == line.sectors
+
+
+@target()
+def thin_health(data):
+    """Never raises. A pool without trouble is writable, needs no check, and nobody else holds its metadata snapshot."""
+    text, _newline, ours = text_of(data).partition("\n")
+    words = text.split()
+    for mine in (None, ours):
+        found = thin_pool.parse_health(1 << 20, words, mine)
+        assert found.used_bytes is None or found.used_bytes >= 0
+        if found.trouble is None:
+            assert words[4] in ("rw", "out_of_data_space") and "needs_check" not in words
+            assert words[3] in ("-", mine) and found.held == (None if words[3] == "-" else mine)
+            assert re.fullmatch("[0-9]+/[0-9]+", words[2])
+        else:
+            assert found.trouble
+
+
+@target()
+def thin_dump(data):
+    """Raises ProbeError only. All numbers stand in the text; a beginning of a whole dump is refused."""
+    text = text_of(data)
+    try:
+        found = thin_pool.parse_dump(text)
+    except ProbeError:
+        return
+    assert text.count('dev_id="') >= len(found)
+    for thin_id, record in found.items():
+        transaction, created, snapped, mapped = record["device"]
+        words = (thin_id, mapped, transaction, created, snapped)
+        names = ("dev_id", "mapped_blocks", "transaction", "creation_time", "snap_time")
+        # Leading zeros are digits too.
+        pattern = " ".join('%s="0*%d"' % pair for pair in zip(names, words, strict=True))
+        assert len(re.findall(pattern, text, re.ASCII)) == 1, (thin_id, record)
+    whole = text.rstrip()
+    for end in {len(whole) - 1, len(whole) // 2, len(whole) // 3, len(whole) - len("</superblock>")}:
+        try:
+            thin_pool.parse_dump(whole[:end])
+        except ProbeError:
+            continue
+        raise AssertionError("a dump that is cut off at %d of %d was accepted" % (end, len(whole)))
+
+
+@target()
+def thin_notes(data):
+    """Never raises, whatever lies in the place of our note; what it says is a mapping of texts."""
+
+    class Host:
+        state_dir = str(scratch())
+
+    (scratch() / thin_pool.NOTES).write_bytes(data)
+    assert all(isinstance(key, str) for key in thin_pool._notes(Host))
+
+
+@target()
+def dm_reason(data):
+    """Never raises. What dmsetup complained of becomes one short line that can be printed."""
+    said = dm.reason(text_of(data))
+    assert (said.isprintable() or not said) and len(said) <= 300
