@@ -12,6 +12,7 @@ import re
 # it happens to its peers elsewhere too.
 Mount = collections.namedtuple("Mount", "id parent device root point shared kind")
 
+_ID = re.compile("[0-9]{1,20}")
 _ESCAPE = re.compile(r"\\([0-7]{3})")
 
 
@@ -27,9 +28,9 @@ def parse(mountinfo):
     for line in mountinfo.split("\n"):
         before, separator, after = line.partition(" - ")
         fields = before.split(" ")
-        if separator and len(fields) >= 6 and fields[0].isdigit() and fields[1].isdigit():
+        if separator and len(fields) >= 6 and _ID.fullmatch(fields[0]) and _ID.fullmatch(fields[1]):
             shared = any(field.startswith("shared:") for field in fields[6:])
-            root, point = _unescape(fields[3]), _unescape(fields[4])
+            root, point = unescape(fields[3]), unescape(fields[4])
             found.append(
                 Mount(int(fields[0]), int(fields[1]), fields[2], root, point, shared, after.split(" ")[0]),
             )
@@ -74,6 +75,6 @@ def seen_as(root, here):
     ]
 
 
-def _unescape(text):
+def unescape(text):
     """Undo the octal escapes of mountinfo: space, tab, newline, backslash and ``#``."""
     return _ESCAPE.sub(lambda found: chr(int(found.group(1), 8)), text)

@@ -13,6 +13,8 @@ import atheris
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT / "collections"), str(ROOT / "tests")]
 
+atheris.enabled_hooks.add("str")  # how texts are compared, too
+
 with atheris.instrument_imports(include=["ansible_collections.microvm.reaper", "jmespath", "email._parseaddr"]):
     from fuzz.mutate import mutated
     from fuzz.target import targets

@@ -32,7 +32,7 @@ TROUBLE = re.compile(r"^(?: === |==\d+== ERROR|[A-Za-z_.]+(?:Error|Exception|Tim
 
 def fuzz(target: Target, seconds: float) -> bool:
     """Fuzz one target, say in a line what came of it; tell whether nothing was found."""
-    found, crashes = CACHE / "corpus" / target.name, CACHE / "crashes"
+    found, crashes = CACHE / "corpus" / target.name, CACHE / "crashes" / target.name
     for directory in (found, crashes, CORPUS / target.name):
         directory.mkdir(parents=True, exist_ok=True)
     before = set(crashes.iterdir())
@@ -42,7 +42,7 @@ def fuzz(target: Target, seconds: float) -> bool:
         [
             "-max_total_time=%d" % max(1, round(seconds)),
             "-timeout=%d" % INPUT_SECONDS,
-            "-artifact_prefix=%s/%s-" % (crashes, target.name),
+            "-artifact_prefix=%s/" % crashes,
             "-print_final_stats=1",
             str(found),
             str(CORPUS / target.name),

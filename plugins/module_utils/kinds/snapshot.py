@@ -9,7 +9,7 @@ again right before it is removed.
 
 from __future__ import annotations
 
-from .. import containerd
+from .. import containerd, mounts
 from .. import resource as r
 from ..probe import ProbeError, read_text
 
@@ -154,9 +154,12 @@ def mount_points(mountinfo, marks):
     found = []
     for line in mountinfo.split("\n"):
         before, _separator, after = line.partition(" - ")
-        fields = after.split(" ")
-        if len(fields) >= 3 and not marks.isdisjoint([fields[1]] + fields[2].split(",")):
-            found.append(before.split(" ")[4])
+        where, fields = before.split(" "), after.split(" ")
+        if len(where) < 5 or len(fields) < 3:
+            continue
+        # A mount has few words, and only those that the kernel had to escape are not as they were given.
+        if not marks.isdisjoint(map(mounts.unescape, [fields[1]] + fields[2].split(","))):
+            found.append(where[4])
     return found
 
 

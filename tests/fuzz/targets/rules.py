@@ -53,6 +53,7 @@ def paths(data):
         firecracker._pattern,
         zombie._split_glob,
         lambda path: jail._bases([{"base": path}]),
+        _jail_exec,
         lambda path: cgroup._root({"root": path}),
     ):
         try:
@@ -66,6 +67,12 @@ def paths(data):
                                                          + len(found.above)].replace("{vm_id}", "v1"))
         elif isinstance(found, dict):
             assert all(base.startswith("/") and "/../" not in base + "/" for base in found)
+
+
+def _jail_exec(text):
+    """Match a pattern for the directories of jailer with a name that is short enough for any pattern."""
+    rules = jail._bases([{"base": "/srv/jailer", "name": "(?P<vm_id>.*)", "exec": text[:80]}])["/srv/jailer"]
+    return jail._names(rules, ["abcdefgh"])
 
 
 @target(is_json=True)

@@ -36,10 +36,10 @@ def ledger_file(data):
         assert found == ledger.empty(REALM)
         return
     assert found["version"] == ledger.VERSION and found["realm"] == REALM and found["generation"] >= 0
-    assert type(found["generation"]) is int
+    assert isinstance(found["generation"], int)
     for strike in found["strikes"].values():
         assert VM_ID.fullmatch(strike["vm_id"]) and isinstance(strike["identity"], str)
-        assert type(strike["strikes"]) is int and is_number(strike["first"]) and is_number(strike["last"])
+        assert isinstance(strike["strikes"], int) and is_number(strike["first"]) and is_number(strike["last"])
     for token in found["intents"]:
         assert VM_ID.fullmatch(token["vm_id"]) and all(isinstance(token[key], str) for key in ("kind", "name"))
     assert all(VM_ID.fullmatch(vm_id) and is_number(when) for vm_id, when in found["reaped"].items())
