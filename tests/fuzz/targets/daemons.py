@@ -20,6 +20,7 @@ from ..target import target
 ANSWERS = [tell for _name, (_ask, tell) in sorted(containerd.CALLS.items()) if tell]
 UNKNOWN = protobuf.encode({99: ("a", protobuf.TEXT)}, {"a": "what a later version says"})
 FAR = float("inf")
+CODES = {symbol: "{:0{}b}".format(code, length) for (length, code), symbol in hpack.SYMBOLS.items()}
 
 
 @target()
@@ -58,8 +59,7 @@ def headers(data):
 
 
 def _huffman(text):
-    codes = {symbol: (length, code) for (length, code), symbol in hpack.SYMBOLS.items()}
-    bits = "".join("{:0{}b}".format(code, length) for length, code in map(codes.get, text))
+    bits = "".join(map(CODES.get, text))
     bits += "1" * (-len(bits) % 8)
     return int(bits or "0", 2).to_bytes(len(bits) // 8, "big")
 
@@ -185,4 +185,8 @@ def firecracker_answer(data):
     if found is None:
         assert list(said) == ["v1"]
         return
-    assert len(found[1]) <= 40 and firecracker._instance(_Socket(data[: data.rfind(b"}")]), FAR) is None
+    assert len(found[1]) <= 40
+    ends = [place for place, octet in enumerate(data) if octet == ord("}")]
+    assert firecracker._instance(_Socket(data[: ends[0]]), FAR) is None
+    for end in ends[1:20]:
+        assert firecracker._instance(_Socket(data[:end]), FAR) in (None, found)

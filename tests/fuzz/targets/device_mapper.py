@@ -72,7 +72,7 @@ def thin_dump(data):
         words = (thin_id, mapped, transaction, created, snapped)
         names = ("dev_id", "mapped_blocks", "transaction", "creation_time", "snap_time")
         # Leading zeros are digits too.
-        pattern = " ".join('%s="0*%d"' % pair for pair in zip(names, words, strict=True))
+        pattern = "<device " + " ".join('%s="0*%d"' % pair for pair in zip(names, words, strict=True))
         assert len(re.findall(pattern, text, re.ASCII)) == 1, (thin_id, record)
     whole = text.rstrip()
     for end in {len(whole) - 1, len(whole) // 2, len(whole) // 3, len(whole) - len("</superblock>")}:
