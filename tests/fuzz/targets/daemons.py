@@ -31,9 +31,18 @@ def containerd_message(data):
         found = protobuf.decode(table, message)
     except protobuf.ProtobufError:
         return
+    assert all(-(2**63) <= number < 2**63 for number in _numbers(found))
     again = protobuf.decode(table, protobuf.encode(table, found))
     assert _filled(again) == _filled(found), (found, again)
     assert protobuf.decode(table, message + UNKNOWN) == found
+
+
+def _numbers(value):
+    """Yield all integers of a message."""
+    if isinstance(value, int):
+        yield value
+    for one in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _numbers(one)
 
 
 def _filled(value):
@@ -103,18 +112,31 @@ class _Connection(grpc.Connection):
 
 @target()
 def grpc_answer(data):
-    """Raises ProbeError only. Messages are no longer than what came. An answer that lost its end is refused."""
+    """Raises ProbeError only. Messages are what the DATA frames have. An answer that lost its end is refused."""
     try:
         messages, used = _asked(data)
     except ProbeError:
         return
-    assert sum(len(message) + 5 for message in messages) <= used <= len(data)
+    said = b"".join(b"\0" + len(message).to_bytes(4, "big") + message for message in messages)
+    assert said == _payload(data[:used]), messages
     for end in {used - 1, used - 9, used // 2}:
         try:
             _asked(data[: max(end, 0)])
         except ProbeError:
             continue
         raise AssertionError("an answer of %d bytes was accepted when %d of them had come" % (used, end))
+
+
+def _payload(data):
+    """Return what is in the DATA frames of the first stream, by nothing of grpc.py."""
+    found = b""
+    while data:
+        length, kind, flags = int.from_bytes(data[:3], "big"), data[3], data[4]
+        stream, payload = int.from_bytes(data[5:9], "big") % (1 << 31), data[9 : 9 + length]
+        if kind == 0 and stream == 1:
+            found += payload[1 : length - payload[0]] if flags & 8 else payload
+        data = data[9 + length :]
+    return found
 
 
 def _asked(data):

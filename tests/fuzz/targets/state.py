@@ -44,7 +44,10 @@ def ledger_file(data):
         assert VM_ID.fullmatch(token["vm_id"]) and all(isinstance(token[key], str) for key in ("kind", "name"))
     assert all(VM_ID.fullmatch(vm_id) and is_number(when) for vm_id, when in found["reaped"].items())
     assert all(map(is_number, found["manifest"]["epochs"].values()))
-    assert ledger.checked(json.loads(json.dumps(found)), REALM) is not None
+    counts = [found["manifest"]["count"], *found["manifest"]["counts"].values()]
+    assert all(count is None or (is_number(count) and count >= 0) for count in counts)
+    again = json.dumps(found)
+    assert json.dumps(ledger.checked(json.loads(again), REALM)) == again
     cut = data.rstrip()[:-1]
     assert ledger.load(_written("ledger.json", cut), REALM)[1] is not None, "a ledger without its end was taken"
 
