@@ -15,7 +15,7 @@ sys.path[:0] = [str(ROOT / "collections"), str(ROOT / "tests")]
 
 from ansible_collections.microvm.reaper.plugins.module_utils import containerd, grpc, hpack, ledger, protobuf  # noqa: E402
 from ansible_collections.microvm.reaper.plugins.module_utils import resource as r  # noqa: E402
-from ansible_collections.microvm.reaper.plugins.plugin_utils import inputs, planner, planning  # noqa: E402
+from ansible_collections.microvm.reaper.plugins.plugin_utils import inputs, manifest, planner, planning  # noqa: E402
 
 from fuzz.target import CORPUS  # noqa: E402
 from fuzz.targets.answers import POLICY, SHARE  # noqa: E402
@@ -94,6 +94,21 @@ def _containerd():
             grpc._frame(grpc.WINDOW_UPDATE, 0, 0, b"\0\0\1\0"),
             grpc._frame(grpc.HEADERS, grpc.END_HEADERS | grpc.END_STREAM, 1, end),
         ])
+    # What else a frame may have: padding, a priority, headers in two frames, a goodbye.
+    yield "grpc_answer", "seed-padded", b"".join([
+        grpc._frame(grpc.SETTINGS, 0, 0, grpc._settings({grpc.INITIAL_WINDOW_SIZE: 70000})),
+        grpc._frame(grpc.HEADERS, grpc.PADDED | grpc.PRIORITY, 1, b"\x02" + bytes(5) + begin[:20] + b"\0\0"),
+        grpc._frame(grpc.CONTINUATION, grpc.END_HEADERS, 1, begin[20:]),
+        grpc._frame(grpc.DATA, grpc.PADDED, 1, b"\x03" + data[:4] + bytes(3)),
+        grpc._frame(grpc.DATA, 0, 1, data[4:]),
+        grpc._frame(grpc.GOAWAY, 0, 0, b"\0\0\0\x01\0\0\0\0bye"),
+        grpc._frame(grpc.HEADERS, grpc.END_HEADERS | grpc.END_STREAM, 1, hpack.encode([("grpc-status", "0")])),
+    ])
+    broken = grpc._frame(grpc.RST_STREAM, 0, 1, b"\0\0\0\x08")
+    yield "grpc_answer", "seed-broken-off", head + grpc._frame(grpc.HEADERS, grpc.END_HEADERS, 1, begin) + broken
+    before = {"container": {"id": "a", "labels": {"a": "b", "c": ""}, "created_at": {"seconds": -62135596800, "nanos": -1}}}
+    tell = containerd.CALLS["containers.v1.Containers/Get"][1]
+    yield "containerd_message", "seed-long-ago", bytes([ANSWERS.index(tell)]) + protobuf.encode(tell, before)
     yield "headers", "seed-plain", begin
     yield "headers", "seed-static", bytes([0x88, 0x5F, 0x8B]) + bytes.fromhex("1d75d0620d263d4c4d6564") + b"\x20"
     yield "headers", "seed-huffman", bytes.fromhex("f1e3c2e5f23a6ba0ab90f4ff")
@@ -106,7 +121,7 @@ def _containerd():
 
 
 def _proc():
-    yield "stat", "seed-real", Path("/proc/self/stat").read_text()
+    yield "stat", "seed-real", "4711 (python3) R 4700 4711 4700 34816 4711 4194304 812 0 0 0 3 1 0 0 20 0 1 0 987654 9 9\n"
     yield "stat", "seed-hostile", "42 (a) Z 1 (b) R 7 42 42 0 -1 4194304 0 0 0 0 0 0 0 0 20 0 1 0 123456 0 0\n"
     yield "cgroup", "seed-v2", "0::/machine.slice/vm-v1/emulator\n"
     yield "cgroup", "seed-removed", "0::/firecracker/%s (deleted)\n" % VM
@@ -173,8 +188,16 @@ def _lists():
     lines = [json.dumps(one) for one in (head, *document["vms"])]
     yield "manifest_file", "seed-lines", "\n".join(lines) + "\n"
     yield "manifest_file", "seed-yaml", (
-        "realm: prod\ngenerated_at: 2027-01-15T08:00:00Z\ncomplete: true\ncount: 1\nvms:\n  - {vm_id: v1, host: h1}\n"
+        "realm: prod\ngenerated_at: 2027-01-15T08:00:00Z\ncount: 2\nvms:\n  - {vm_id: v1, host: h1}\n  - vm_id: v12\n"
+        "    host: h12\n    also_on: [h1]\ncomplete: true\n"
     )
+    bare = json.dumps({key: value for key, value in head.items() if key != "count"})
+    yield "manifest_file", "seed-lines-without-a-count", "\n".join([bare, *lines[1:]]) + "\n"
+    checksum = manifest.sha256([vm["vm_id"] for vm in document["vms"]])
+    yield "manifest_file", "seed-lines-with-a-checksum", "\n".join([
+        json.dumps(dict(json.loads(bare), sha256=checksum)), *lines[1:],
+    ]) + "\n"
+    yield "manifest_document", "seed-checksum", json.dumps(_manifest(sha256=checksum))
     pages = [
         {"realm": "prod", "count": 2, "epoch": 3, "next": "/vms?c=1", "vms": [{"vm_id": "v1", "host": "h1"}]},
         {"realm": "prod", "count": 2, "epoch": 3, "next": None, "vms": [{"vm_id": "v2", "host": "h2", "state": "x"}]},
