@@ -1,6 +1,6 @@
 # Copyright: The microvm.reaper authors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""Fuzz targets one after the other: `run.py [--seconds 60] [--target NAME]... [--keep]`. README.md says how to read it."""
+"""Fuzz targets one after the other: `run.py [--seconds 60] [--target NAME]... [--keep]`. README.md has more."""
 
 from __future__ import annotations
 

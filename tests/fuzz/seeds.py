@@ -1,6 +1,6 @@
 # Copyright: The microvm.reaper authors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""Write the seeds of the corpus: what real tools and daemons said (tests/unit/captures), and one good case of the rest."""
+"""Write the seeds of the corpus: what real tools and daemons said (tests/unit/captures), and good cases of the rest."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ sys.path[:0] = [str(ROOT / "collections"), str(ROOT / "tests")]
 from ansible_collections.microvm.reaper.plugins.module_utils import containerd, grpc, hpack, ledger, protobuf  # noqa: E402
 from ansible_collections.microvm.reaper.plugins.module_utils import resource as r  # noqa: E402
 from ansible_collections.microvm.reaper.plugins.plugin_utils import inputs, manifest, planner, planning  # noqa: E402
-
 from fuzz.target import CORPUS  # noqa: E402
 from fuzz.targets.answers import POLICY, SHARE  # noqa: E402
 from fuzz.targets.daemons import ANSWERS  # noqa: E402
@@ -48,7 +47,8 @@ def _device_mapper():
                 yield name, "seed-%s%s-%d" % (what, target, number), said["out"]
             if said["err"]:
                 yield "dm_reason", "seed-%d" % number, said["err"]
-    yield "dm_reason", "seed-busy", "device-mapper: remove ioctl on v1 failed: Device or resource busy\nCommand failed.\n"
+    busy = "device-mapper: remove ioctl on v1 failed: Device or resource busy\nCommand failed.\n"
+    yield "dm_reason", "seed-busy", busy
     for state, line in json.loads((CAPTURES / "thin-pool-states-linux-7.2.7.json").read_text()).items():
         yield "thin_health", "seed-" + state.replace(" ", "-").replace(",", ""), line.split(" ", 3)[3] + "\n23"
     dump = '<superblock uuid="" time="1" transaction="2" version="2" data_block_size="128" nr_data_blocks="256">\n'
@@ -106,7 +106,8 @@ def _containerd():
     ])
     broken = grpc._frame(grpc.RST_STREAM, 0, 1, b"\0\0\0\x08")
     yield "grpc_answer", "seed-broken-off", head + grpc._frame(grpc.HEADERS, grpc.END_HEADERS, 1, begin) + broken
-    before = {"container": {"id": "a", "labels": {"a": "b", "c": ""}, "created_at": {"seconds": -62135596800, "nanos": -1}}}
+    long_ago = {"seconds": -62135596800, "nanos": -1}
+    before = {"container": {"id": "a", "labels": {"a": "b", "c": ""}, "created_at": long_ago}}
     tell = containerd.CALLS["containers.v1.Containers/Get"][1]
     yield "containerd_message", "seed-long-ago", bytes([ANSWERS.index(tell)]) + protobuf.encode(tell, before)
     yield "headers", "seed-plain", begin
@@ -183,7 +184,8 @@ def _lists():
     for name in ("manifest_document", "manifest_file"):
         yield name, "seed", json.dumps(document)
         yield name, "seed-counted", json.dumps(_manifest(count=4))
-    yield "manifest_document", "seed-bare", json.dumps({"realm": "prod", "generated_at": 1.8e9, "complete": True, "vms": []})
+    nothing = {"realm": "prod", "generated_at": 1.8e9, "complete": True, "vms": []}
+    yield "manifest_document", "seed-bare", json.dumps(nothing)
     head = {key: value for key, value in _manifest(count=4).items() if key != "vms"}
     lines = [json.dumps(one) for one in (head, *document["vms"])]
     yield "manifest_file", "seed-lines", "\n".join(lines) + "\n"
@@ -206,7 +208,8 @@ def _lists():
     yield "http_pages", "seed-whole", json.dumps([0, _manifest(count=4)])
     yield "http_pages", "seed-next", json.dumps([1, *pages])
     link = [{"Link": '<https://cp.example.net/vms?p=2>; rel="next"', "Date": "Fri, 15 Jan 2027 08:00:00 GMT"}]
-    yield "http_pages", "seed-link", json.dumps([2, [*link, _manifest(count=5)], dict(_manifest(count=5), vms=[{"vm_id": "v9"}])])
+    last = dict(_manifest(count=5), vms=[{"vm_id": "v9"}])
+    yield "http_pages", "seed-link", json.dumps([2, [*link, _manifest(count=5)], last])
     yield "http_pages", "seed-cursor", json.dumps([3, *pages])
     yield "http_pages", "seed-reread", json.dumps([4, *pages])
     yield "http_body", "seed", json.dumps(document)
@@ -218,7 +221,17 @@ def _lists():
     yield "http_headers", "seed-date", "Fri, 15 Jan 2027 08:00:00 GMT"
     yield "http_headers", "seed-charset", '; charset="UTF-8"; boundary=x'
     yield "jmespath_columns", "seed", 'a.b\n{"a": {"b": [1, 2]}}'
-    yield "jmespath_columns", "seed-filter", 'vms[?state!=`"gone"`].{id: vm_id}\n{"vms": [{"vm_id": "v1", "state": "x"}]}'
+    some = '{"vms": [{"vm_id": "v1", "state": "x"}]}'
+    yield "jmespath_columns", "seed-filter", 'vms[?state!=`"gone"`].{id: vm_id}\n' + some
+    yield "jmespath_columns", "seed-functions", "vms[0].[to_string(@), length(vm_id), state || 'x'] | [0]\n" + some
+    two = [{"vm_id": "v1", "host": "h1"}, {"vm_id": "v2", "state": "destroyed"}]
+    yield "http_lookup", "seed", json.dumps([*two, None])
+    yield "inventory_group", "seed", json.dumps({
+        "groups": {"all": ["h1", "h2", "a", "b"], "live_vms": ["a", "b"]},
+        "variables": {"a": {"vm_id": "v1", "vm_host": "h1", "vm_also_on": ["h2"]}, "h2": {"reap_host_id": "h2"}},
+    })
+    yield "database_epoch", "seed", "12"
+    yield "database_epoch", "seed-decimal", "1.5E+3"
     yield "database_rows", "seed", json.dumps([
         ["v1", "h1", "running", None, None],
         ["v2", "h1", None, '["h2", 3]', None],
@@ -239,7 +252,11 @@ def _rules():
     rule = {"name": "vm-(?P<vm_id>.*)"}
     yield "preset", "seed-json", json.dumps({
         "description": "x",
-        "rules": {"cgroup": [dict(rule, root="vms")], "dm_thin": [rule], "container": [dict(rule, namespace="default")]},
+        "rules": {
+            "cgroup": [dict(rule, root="vms")],
+            "dm_thin": [rule],
+            "container": [dict(rule, namespace="default")],
+        },
         "reused_ids": ["[0-9]+"],
     })
     yield "policy_pin", "seed", "rack7-* until 2027-01-31"

@@ -3,8 +3,8 @@
 """A manifest in a file on the controller: YAML, JSON, or JSON lines.
 
 JSON lines: the first line is the manifest without ``vms``, each of the others a VM. Such a file may be of any size, and
-may end at any line; only ``count`` or ``sha256`` in the first line prove that it is whole. YAML may end anywhere too, even
-in a VM that it counts: it is proven by ``complete: true`` as its last line, or by the mark ``...`` there.
+may end at any line; only ``count`` or ``sha256`` in the first line prove that it is whole. YAML may end anywhere too,
+even in a VM that it counts: it is proven by ``complete: true`` as its last line, or by the mark ``...`` there.
 
 The list is as old as it says, or as the file if that is older: where the control plane's clock is ahead of ours, an old
 list looks fresh.
@@ -64,7 +64,7 @@ def _end(text):
     """Return what has to be said of YAML that does not end as only a whole list does."""
     if _is_json(text) or END.search(text):
         return {}
-    return {"proven": False, "unproven": "a list in YAML has to end with the line 'complete: true', or it may be cut off"}
+    return {"proven": False, "unproven": "a list in YAML has to end with the line 'complete: true', or is cut off"}
 
 
 def _parsed(text):

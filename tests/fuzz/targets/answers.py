@@ -47,6 +47,8 @@ def facts(data):
         assert str(err)
         return
     for entry in found["kinds"].values():
+        names = [one["name"] for one in entry["resources"]]
+        assert len(set(names)) == len(names), "an act on one would be told from none on another"
         for one in entry["resources"]:
             assert VM_ID.fullmatch(one["vm_id"]) and one["name"].isprintable()
             assert one["bytes"] is None or is_number(one["bytes"])

@@ -132,7 +132,7 @@ WAYS = [
     _options(),
     _options(paging="next", next="next", about={"realm": "realm", "count": "count"}, items="vms"),
     _options(paging="link", proof="count"),
-    _options(paging="cursor", next="next", realm="prod", about={"epoch": "epoch"}, fields={"vm_id": "vm_id", "host": "host"}),
+    _options(paging="cursor", next="next", realm="prod", about={"epoch": "epoch"}, fields={"vm_id": "vm_id"}),
     _options(paging="page", page_param="p", about={"realm": "realm"}, items="vms", proof="reread"),
 ]
 
@@ -181,6 +181,90 @@ def http_pages(data):
             assert vm["vm_id"] in found["vms"] or vm["vm_id"] in found["tombstones"], vm
     if found["proven"] and options["paging"] in ("next", "cursor"):
         assert not server.known[server.served[-1]].body.get("next")
+
+
+LOOKUP = _options(lookup_url="https://cp.example.net/vms/{vm_id}", about={"realm": "realm"}, proof="none")
+
+
+@target(is_json=True)
+def http_lookup(data):
+    """Raises ManifestError only. Of those that are asked for none is gone whose answer does not say so."""
+    try:
+        answers = [one for one in json.loads(data) if one is None or isinstance(one, (dict, list))]
+    except (ValueError, TypeError, RecursionError):
+        return
+    wanted = ["v%d" % number for number in range(1, len(answers[:8]) + 1)]
+
+    class Server:
+        def get(self, url, *, etag=None, may_be_gone=False):
+            name = url.rpartition("/")[2]
+            if name == "vms":
+                return _web.Answer(200, {}, {"realm": "prod", "vms": [{"vm_id": "v1"}, {"vm_id": "v9"}]})
+            if name == "v9":
+                return _web.Answer(200, {}, {"vm_id": "v9"})
+            body = answers[wanted.index(name)]
+            return _web.Answer(404 if body is None else 200, {}, body)
+
+    try:
+        found = _listing.Listing(LOOKUP, Server(), CONTEXT).look_up(set(wanted), None)
+    except ManifestError as err:
+        assert err.code and str(err).isprintable()
+        return
+    for vm_id, body in zip(wanted, answers, strict=False):
+        gone = body is None or str(body.get("state")).lower() in manifest.TERMINAL_STATES
+        assert (vm_id in found) != gone, (vm_id, body)
+        if vm_id in found:
+            assert body["vm_id"] == vm_id and all(isinstance(host, str) for host in found[vm_id])
+            assert body.get("host") is None or body["host"] in found[vm_id]
+
+
+class _Inventory:
+    def __init__(self, said):
+        self.groups = {str(name): list(map(str, hosts)) for name, hosts in said["groups"].items()}
+        self.said = {str(name): dict(found) for name, found in said["variables"].items()}
+
+    def variables(self, name):
+        return self.said.get(name, {})
+
+    own_variables = variables
+
+
+@target(is_json=True)
+def inventory_group(data):
+    """Raises ManifestError only. Each host of the group is a VM that lives, unless its state is a terminal one."""
+    try:
+        inventory = _Inventory(json.loads(data))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return
+    if "all" not in inventory.groups:
+        return  # there always is
+    ((module, options),) = sources.configured([{"type": "inventory"}])
+    try:
+        document = module.fetch(options, dict(CONTEXT, inventory=lambda: inventory))
+        found = manifest.check(document, "here", now=NOW, max_age=1e9)
+    except ManifestError as err:
+        assert err.code and str(err)
+        return
+    _is_manifest(found)
+    for name in inventory.groups["live_vms"]:
+        variables = inventory.variables(name)
+        if str(variables.get("vm_state")).lower() not in manifest.TERMINAL_STATES:
+            assert variables.get("vm_id", name) in found["vms"], name
+
+
+@target(max_length=512)
+def database_epoch(data):
+    """Raises ManifestError only. An epoch is the number that the text says, without its fraction."""
+    session = object.__new__(postgresql._Session)
+    session.name, session._epoch_query = "db", "SELECT 1"
+    text = data.decode("utf-8", "replace")
+    session._value = lambda key, query: text
+    try:
+        epoch = session.epoch()
+    except ManifestError:
+        return
+    # Decimals of Python may have underscores anywhere.
+    assert isinstance(epoch, int) and abs(epoch - float(text.replace("_", ""))) <= max(1, abs(epoch) / 1e9)
 
 
 @target(is_json=True)
