@@ -122,7 +122,7 @@ def _containerd():
 
 
 def _proc():
-    yield "stat", "seed-real", "4711 (python3) R 4700 4711 4700 34816 4711 4194304 812 0 0 0 3 1 0 0 20 0 1 0 987654 9 9\n"
+    yield "stat", "seed-real", "4711 (sh) R 4700 4711 4700 34816 4711 4194304 812 0 0 0 3 1 0 0 20 0 1 0 987654 9 9\n"
     yield "stat", "seed-hostile", "42 (a) Z 1 (b) R 7 42 42 0 -1 4194304 0 0 0 0 0 0 0 0 20 0 1 0 123456 0 0\n"
     yield "cgroup", "seed-v2", "0::/machine.slice/vm-v1/emulator\n"
     yield "cgroup", "seed-removed", "0::/firecracker/%s (deleted)\n" % VM

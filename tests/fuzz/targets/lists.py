@@ -263,8 +263,9 @@ def database_epoch(data):
         epoch = session.epoch()
     except ManifestError:
         return
-    # Decimals of Python may have underscores anywhere.
-    assert isinstance(epoch, int) and abs(epoch - float(text.replace("_", ""))) <= max(1, abs(epoch) / 1e9)
+    # Decimals of Python may have underscores anywhere, and blanks of all kinds around them.
+    number = float("".join(c for c in text if c.isdigit() or c in "+-.eE"))
+    assert isinstance(epoch, int) and abs(epoch - number) <= max(1, abs(epoch) / 1e9)
 
 
 @target(is_json=True)
