@@ -569,6 +569,12 @@ def test_mount_points():
     assert snapshot.mount_points(mountinfo, set()) == []
 
 
+def test_a_mount_is_found_by_a_name_that_the_kernel_has_to_escape():
+    mountinfo = "90 1 0:50 / /a rw - overlay over\\011lay rw,upperdir=/the\\040disk/s/1\\134x/fs\n"
+    assert snapshot.mount_points(mountinfo, {"upperdir=/the disk/s/1\\x/fs"}) == ["/a"]
+    assert snapshot.mount_points(mountinfo, {"over\tlay"}) == ["/a"]
+
+
 def test_usage_that_cannot_be_told_does_not_hinder(world):
     rules = [dict(world.place, name="(?P<vm_id>s)")]
     world.add_snapshot("s")
