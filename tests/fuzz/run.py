@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shutil
 import subprocess
@@ -20,6 +21,8 @@ sys.path[:0] = [str(ROOT / "collections"), str(ROOT / "tests")]
 from fuzz.target import CORPUS, Target, kept, targets  # noqa: E402
 
 CACHE = ROOT / ".cache/fuzz"
+# Many targets write a file for each input.
+MEMORY = Path("/dev/shm")
 INPUT_SECONDS = 5
 MEMORY_MB = 1024
 # Beyond what it was given, for the imports and the last input.
@@ -90,10 +93,15 @@ def _one(target: Target, arguments: list[str], seconds: float) -> str:
         sys.executable, str(HERE / "one.py"), target.name, "-max_len=%d" % target.max_length,
         "-rss_limit_mb=%d" % MEMORY_MB, *arguments,
     ]  # fmt: skip
-    try:
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds)
-    except subprocess.TimeoutExpired as err:
-        return "%s\nTimeout: it did not end by itself" % (err.stdout or b"").decode("utf-8", "replace")
+    # libFuzzer ends a process without its clean-up.
+    with tempfile.TemporaryDirectory(prefix="reaper-fuzz-", dir=MEMORY if MEMORY.is_dir() else None) as scratch:
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, env=dict(os.environ, TMPDIR=scratch), stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT, timeout=seconds,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as err:
+            return "%s\nTimeout: it did not end by itself" % (err.stdout or b"").decode("utf-8", "replace")
     return done.stdout.decode("utf-8", "replace")
 
 

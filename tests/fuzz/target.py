@@ -71,8 +71,7 @@ _scratch: list = []
 
 
 def scratch():
-    """Return a directory for the files of a target, in memory where there is such a place."""
+    """Return a directory for the files of a target."""
     if not _scratch:
-        memory = Path("/dev/shm")
-        _scratch.append(tempfile.TemporaryDirectory(prefix="reaper-fuzz-", dir=memory if memory.is_dir() else None))
+        _scratch.append(tempfile.TemporaryDirectory(prefix="reaper-fuzz-"))
     return Path(_scratch[0].name)

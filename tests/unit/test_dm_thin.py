@@ -282,9 +282,9 @@ DUMP = '<superblock uuid="" time="1" transaction="2" version="2">\n' + DEVICE + 
 @pytest.mark.parametrize(
     ("dump", "said"),
     [
-        (DUMP % 1 + DUMP % 2, "whole superblock"),
-        ((DUMP % 1).rstrip() + DEVICE % 2, "whole superblock"),
-        ((DUMP % 1).replace("</superblock>", DEVICE % 2 + "</superblock>"), "two devices 1"),
+        pytest.param(DUMP % 1 + DUMP % 2, "whole superblock", id="twice"),
+        pytest.param((DUMP % 1).rstrip() + DEVICE % 2, "whole superblock", id="after the end"),
+        pytest.param((DUMP % 1).replace("</superblock>", DEVICE % 2 + "</superblock>"), "two devices 1", id="in one"),
     ],
 )
 def test_a_dump_that_says_two_things_of_one_volume_is_no_dump(dump, said):
@@ -293,6 +293,8 @@ def test_a_dump_that_says_two_things_of_one_volume_is_no_dump(dump, said):
         thin_pool.parse_dump(dump)
 
 
-@pytest.mark.parametrize("used", ["a/b", "1/2/3", "-1/5", "\u0661/5", "/", "9" * 5000 + "/1"])
+@pytest.mark.parametrize(
+    "used", ["a/b", "1/2/3", "-1/5", "\u0661/5", "/", pytest.param("9" * 5000 + "/1", id="5000 digits")]
+)
 def test_a_status_that_makes_no_sense_is_trouble(used):
     assert thin_pool.parse_health(32768, ["0", "420/4096", used, "-", "rw"]).trouble

@@ -37,6 +37,7 @@ def _collected(document):
         collector.add(document, "here", now=NOW, max_age=1e9)
         return collector.finish()
     except ManifestError as err:
+        path.unlink()
         return err.code
     finally:
         collector._writer._connection.close()
