@@ -27,7 +27,7 @@ INPUT_SECONDS = 5
 MEMORY_MB = 1024
 # Beyond what it was given, for the imports and the last input.
 GRACE_SECONDS = 60
-MOST_FILES = 60
+MOST_FILES, MOST_BYTES = 60, 4096
 EXECUTED = re.compile(r"number_of_executed_units:\s*(\d+)")
 # What libFuzzer and Python say of an input that is wrong.
 TROUBLE = re.compile(r"^(?: === |==\d+== ERROR|[A-Za-z_.]+(?:Error|Exception|Timeout)\b|ALARM:|SUMMARY:)")
@@ -67,24 +67,50 @@ def fuzz(target: Target, seconds: float) -> bool:
 
 
 def keep(target: Target) -> None:
-    """Add to the kept corpus what of the found one reaches code that nothing kept does, smallest first."""
-    found = CACHE / "corpus" / target.name
-    if not found.is_dir():
-        return
+    """Add to the kept corpus what of the found one reaches code that nothing kept does, as few files as can be."""
+    found = [path for path in (CACHE / "corpus" / target.name).glob("*") if path.stat().st_size <= MOST_BYTES]
     here = CORPUS / target.name
     here.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as directory:
-        merged = Path(directory)
-        for path in kept(target.name):
-            shutil.copy(path, merged)
-        # Which code, not how often: the latter would keep thousands.
-        _one(target, ["-merge=1", "-use_counters=0", directory, str(found)], 600)
-        new = [path for path in sorted(merged.iterdir(), key=lambda path: path.stat().st_size)
-               if not (here / path.name).exists()]
-        room = MOST_FILES - len(kept(target.name))
-        for path in new[: max(0, room)]:
-            shutil.copy(path, here / path.name[:12])
-    print("%-20s %d files kept, %d of them new" % (target.name, len(kept(target.name)), min(len(new), max(0, room))))
+    before = kept(target.name)
+    known = {step for path in before for step in _reached(target, path)}
+    gains = {path: _reached(target, path) - known for path in sorted(found)}
+    room = MOST_FILES - len(before)
+    while room > 0:
+        gains = {path: gain for path, gain in gains.items() if gain}
+        if not gains:
+            break
+        best = max(gains, key=lambda path: (len(gains[path]), -path.stat().st_size))
+        reached = gains.pop(best)
+        shutil.copy(best, here / best.name[:12])
+        gains = {path: gain - reached for path, gain in gains.items()}
+        room -= 1
+    now = len(kept(target.name))
+    print("%-20s %d files kept, %d of them new" % (target.name, now, now - len(before)), flush=True)
+
+
+def _reached(target: Target, path: Path) -> set[tuple[str, int, int]]:
+    """Return the steps from line to line that our code takes with an input."""
+    steps = set()
+
+    def local(before):
+        def trace(frame, event, argument):
+            nonlocal before
+            if event == "line":
+                steps.add((frame.f_code.co_filename, before, frame.f_lineno))
+                before = frame.f_lineno
+            return trace
+
+        return trace
+
+    def called(frame, event, argument):
+        return local(0) if "/plugins/" in frame.f_code.co_filename else None
+
+    sys.settrace(called)
+    try:
+        target.run(path.read_bytes())
+    finally:
+        sys.settrace(None)
+    return steps
 
 
 def _one(target: Target, arguments: list[str], seconds: float) -> str:
