@@ -14,9 +14,10 @@ import time
 from . import journal as journals
 from . import ledger as ledgers
 from . import resource as r
-from .probe import DeadlineExceeded, ProbeError, Worker
+from .probe import DeadlineExceeded, ProbeError, Worker, boottime
 
 ACT_SECONDS = 30.0
+BRING_BACK = "bring_back"
 
 
 class Hands:
@@ -37,7 +38,7 @@ class Hands:
             worker.close()
 
     def do(self, act, token):
-        """Return what ``stop``, ``inspect`` or ``remove`` of the kind says of the token, whatever happens to it."""
+        """Return what a function of the kind, see all_kinds.py, says of the token, whatever happens to it."""
         kind = token["kind"]
         if kind in self.hung:
             deferred = r.outcome(token, r.DEFERRED, "not tried: %s" % self.hung[kind])
@@ -48,8 +49,8 @@ class Hands:
             failed = r.outcome(token, r.FAILED, "%s hung: %s" % (act, err))
         except (ProbeError, OSError) as err:
             failed = r.outcome(token, r.FAILED, str(err))
-        # Nobody knows how far a removal came that did not answer, so it stays an intent.
-        return dict(failed, unfinished=True) if act == "remove" else failed
+        # Nobody knows how far an act came that did not answer, so it stays an intent.
+        return dict(failed, unfinished=True) if act in ("remove", "set_aside") else failed
 
     def prepare(self, tokens):
         """Return the tokens with what their kinds add, before an act, to prove after a crash what they were."""
@@ -84,17 +85,34 @@ class Hands:
         return getattr(self.kinds[kind], act)(argument, self.rules.get(kind) or [], self.host)
 
 
-def carry_out(tokens, hands, order):
-    """Do all acts of a plan: end what runs first, then remove in order. Returns one OUTCOME for each token."""
+def carry_out(tokens, hands, order, tell=lambda outcome: None):
+    """Do all acts of a plan: end what runs first, then go on in order. Returns one OUTCOME for each token.
+
+    ``tell`` hears each outcome as soon as it is known.
+    """
     tokens = sorted(tokens, key=lambda token: order.index(token["kind"]))
-    outcomes = {}
+    refused = {}
     for token in tokens:
         if token["stop"]:
-            outcomes[_key(token)] = hands.do("stop", token)
+            refused[_key(token)] = hands.do("stop", token)
+    outcomes = []
     for token in tokens:
-        if outcomes.get(_key(token)) is None:
-            outcomes[_key(token)] = hands.do("remove", dict(token, stop=False))
-    return [outcomes[_key(token)] for token in tokens]
+        outcomes.append(refused.get(_key(token)) or _step(token, hands))
+        tell(outcomes[-1])
+    return outcomes
+
+
+def _step(token, hands):
+    if _step_of(token) == r.REMOVE:
+        return hands.do("remove", dict(token, stop=False))
+    if token["stop"]:  # that was the step: what is stopped waits where it is
+        return dict(r.outcome(token, r.SET_ASIDE, "ended; the rest goes with what it holds"), waits=True)
+    return hands.do("set_aside", token)
+
+
+def _step_of(token):
+    """Return the step of a token; one of a ledger that knew no ladder is to be removed."""
+    return token.get("step", r.REMOVE)
 
 
 def foresee(tokens, hands):
@@ -104,32 +122,34 @@ def foresee(tokens, hands):
     return [_foreseen(token, hands.do("inspect", token), going, stopping) for token in tokens]
 
 
-def spared(plan, spare):
+def spared(plan, spare, because="spared"):
     """Return the plan without the VMs in ``spare``, ``{vm_id: why}``, and the OUTCOMEs of what it does not do then.
 
     A removal that was begun in an earlier sweep is remembered on.
     """
     left = [token for token in plan["reap"] if token["vm_id"] in spare]
-    ledger = dict(plan["ledger"], intents=plan["ledger"]["intents"] + [one for one in left if one.get("resume")])
+    ledger = _remembering(plan["ledger"], [one for one in left if one.get("resume") or "since" in one])
     going = [token for token in plan["reap"] if token["vm_id"] not in spare]
-    outcomes = [r.outcome(token, r.DEFERRED, "spared: %s" % spare[token["vm_id"]]) for token in left]
+    outcomes = [r.outcome(token, r.DEFERRED, "%s: %s" % (because, spare[token["vm_id"]])) for token in left]
     return dict(plan, reap=going, ledger=ledger), outcomes
 
 
 def _foreseen(token, found, going, stopping):
     """What is in the way only until an earlier act of the plan is not in the way."""
+    would = r.outcome(token, r.WOULD_REAP if _step_of(token) == r.REMOVE else r.WOULD_SET_ASIDE)
     if found is None:
-        return r.outcome(token, r.WOULD_REAP)
+        return would
     goes_first = found["holders"] and all("kind" in holder and _key(holder) in going for holder in found["holders"])
     if found["outcome"] == r.DEFERRED and (goes_first or token["vm_id"] in stopping):
-        return r.outcome(token, r.WOULD_REAP)
+        return would
     return found
 
 
-def apply(plan, hands, state_dir, realm, tell=lambda problem: None):
+def apply(plan, hands, state_dir, realm, tell=lambda problem: None, sweep=None, evidence=None):
     """Carry out ``plan`` under the host's lock; return the outcomes. Raises Busy or LedgerError before any act.
 
-    ``tell`` hears, after the acts, what of them could not be written down.
+    ``tell`` hears, after the acts, what of them could not be written down. ``sweep`` is the id of the sweep,
+    ``evidence`` an evidence.Evidence, or None where none is to be kept.
     """
     with ledgers.Lock(state_dir):
         ledger = ledgers.load(state_dir, realm)[0]
@@ -138,8 +158,10 @@ def apply(plan, hands, state_dir, realm, tell=lambda problem: None):
                 "another reaper has written this host's ledger since the plan was made (generation %d, now %d)"
                 % (plan["generation"], ledger["generation"])
             )
+        journal = journals.Journal(state_dir, realm, sweep)
+        lacking = evidence.take(plan, hands, journal.sweep) if evidence else {}
+        plan, left = spared(plan, lacking, "no evidence")
         tokens = hands.prepare(plan["reap"])
-        journal = journals.Journal(state_dir, realm)
         try:
             journal.intents(plan, tokens)
             decided = dict(ledger, **plan["ledger"])
@@ -149,41 +171,125 @@ def apply(plan, hands, state_dir, realm, tell=lambda problem: None):
                 "%s; nothing was removed, because a sweep that cannot remember must not reap" % err
             ) from err
         if not tokens:
-            return []
-        outcomes = carry_out(tokens, hands, list(hands.kinds))
+            return left
+        with journal.writing(tell):
+            outcomes = carry_out(tokens, hands, list(hands.kinds), journal.outcome)
         # What was done has to be told even if it cannot be written down: the intents stay, the next sweep settles them.
-        after = settled(dict(decided, generation=saved["generation"]), tokens, outcomes)
-        for write in (
-            lambda: ledgers.save(state_dir, realm, after),
-            lambda: journal.outcomes(outcomes),
-        ):
-            try:
-                write()
-            except ledgers.LedgerError as err:
-                tell("what was done could not be written down: %s" % err)
+        moment = {"since": round(boottime(), 3), "boot_id": hands.host.boot_id, "sweep": journal.sweep}
+        after = settled(dict(decided, generation=saved["generation"]), tokens, outcomes, moment)
+        try:
+            ledgers.save(state_dir, realm, after)
+        except ledgers.LedgerError as err:
+            tell("what was done could not be written down: %s" % err)
+        if evidence:
+            evidence.follow(outcomes)
+        return outcomes + left
+
+
+def undo(is_meant, hands, state_dir, realm, until, tell=lambda problem: None):
+    """Bring back what the ledger has aside and ``is_meant(HELD)`` tells; return the outcomes.
+
+    Its VMs are pinned first, in the host's pin file, until the day ``until`` if there is one, or the next sweeps would
+    set them aside again. A reaper that is killed meanwhile leaves what it brought back pinned, the rest where it was.
+    """
+    with ledgers.Lock(state_dir):
+        ledger = ledgers.load(state_dir, realm)[0]
+        meant = [held for held in ledger["aside"] if is_meant(held)]
+        if not meant:
+            return []
+        if until:
+            ledgers.pin(state_dir, sorted({held["vm_id"] for held in meant}), until)
+        journal = journals.Journal(state_dir, realm)
+        journal.intents({}, [dict(held, step=BRING_BACK) for held in meant])
+        # What was taken away last is the first to come back.
+        meant.sort(key=lambda held: -list(hands.kinds).index(held["kind"]))
+        with journal.writing(tell):
+            outcomes = []
+            for held in meant:
+                outcomes.append(_bring_back(held, hands))
+                journal.outcome(outcomes[-1])
+        settled_ones = (r.RESTORED, r.ALREADY_GONE, r.IDENTITY_CHANGED)
+        back = [held for held, one in zip(meant, outcomes) if one["outcome"] in settled_ones]
+        keys = {_key(held) for held in back}
+        after = dict(
+            ledger,
+            aside=[held for held in ledger["aside"] if held not in back],
+            strikes={key: strike for key, strike in ledger["strikes"].items() if key not in keys},
+        )
+        try:
+            ledgers.save(state_dir, realm, after)
+        except ledgers.LedgerError as err:
+            tell("what was brought back could not be written down: %s" % err)
         return outcomes
 
 
+def foresee_undo(is_meant, state_dir, realm):
+    """Return the outcomes of undo() in check mode. Changes nothing."""
+    ledger = ledgers.load(state_dir, realm)[0]
+    return [r.outcome(held, r.WOULD_RESTORE) for held in ledger["aside"] if is_meant(held)]
+
+
+def _bring_back(held, hands):
+    if held["state"] == "waiting":
+        return r.outcome(held, r.RESTORED, "it had not been touched")
+    return hands.do(BRING_BACK, dict(held, resume=True))
+
+
 def begun(ledger, tokens):
-    """Return the ledger that a plan decided on before the acts: with all that is about to be removed."""
+    """Return the ledger that a plan decided on before the acts: with all that is about to be done."""
     return dict(ledger, intents=ledger["intents"] + tokens, reaped=_reaped(ledger["reaped"], tokens))
 
 
-def settled(ledger, tokens, outcomes):
-    """Return the ledger that a plan decided on after the acts: without the strikes of what is gone, with what is left
-    to finish, and with the VMs of which something was removed.
+def settled(ledger, tokens, outcomes, moment):
+    """Return the ledger that a plan decided on after the acts: without the strikes of what is gone, with what was set
+    aside, with what is left to finish, and with the VMs of which something went.
+
+    ``moment`` is ``{since, boot_id, sweep}`` of what was set aside.
     """
     by_key = {_key(one): one for one in outcomes}
     gone = {key for key, one in by_key.items() if one["outcome"] in (r.REAPED, r.ALREADY_GONE, r.IDENTITY_CHANGED)}
-    strikes = {key: strike for key, strike in ledger["strikes"].items() if key not in gone}
-    unfinished = [token for token in tokens if by_key[_key(token)].get("unfinished")]
-    reaped = [token for token in tokens if by_key[_key(token)]["outcome"] == r.REAPED]
+    moved = {
+        key
+        for key, one in by_key.items()
+        if one["outcome"] == r.SET_ASIDE and not (one.get("waits") or one.get("in_sight"))
+    }
+    left = [token for token in tokens if _key(token) not in gone]
+    done = [token for token in tokens if by_key[_key(token)]["outcome"] in (r.REAPED, r.SET_ASIDE)]
+    aside = [
+        held_of(token, moment, "waiting" if by_key[_key(token)].get("waits") else "aside")
+        for token in left
+        if by_key[_key(token)]["outcome"] == r.SET_ASIDE or by_key[_key(token)].get("waits")
+    ]
+    there = {_key(held) for held in aside}
+    unfinished = [
+        token
+        for token in left
+        if _key(token) not in there and (by_key[_key(token)].get("unfinished") or "since" in token)
+    ]
+    return dict(
+        _remembering(ledger, unfinished),
+        strikes={key: strike for key, strike in ledger["strikes"].items() if key not in gone | moved},
+        aside=_remembering(ledger, unfinished)["aside"] + aside,
+        reaped=_reaped(ledger["reaped"], done),
+    )
+
+
+def held_of(token, moment, state):
+    """Return the HELD, see ledger.py, of a token that was set aside or waits where it is."""
+    return dict(_held_again(token), state=state, **moment)
+
+
+def _remembering(ledger, tokens):
+    """Return the ledger with tokens that are to be done later: what was aside before still is."""
     return dict(
         ledger,
-        strikes=strikes,
-        intents=ledger["intents"] + unfinished,
-        reaped=_reaped(ledger["reaped"], reaped),
+        intents=ledger["intents"] + [token for token in tokens if "since" not in token],
+        aside=ledger["aside"] + [_held_again(token) for token in tokens if "since" in token],
     )
+
+
+def _held_again(token):
+    return {key: value for key, value in token.items() if key not in r.OF_A_PLAN}
 
 
 def latch(refusal, state_dir, realm):
@@ -196,7 +302,7 @@ def latch(refusal, state_dir, realm):
 
 
 def _reaped(before, tokens):
-    """Remember the VMs of which something was removed because they live nowhere, the latest MAX_REAPED of them.
+    """Remember the VMs of which something went because they live nowhere, the latest MAX_REAPED of them.
 
     One that lives on another host may come back to this one; it proves nothing.
     """

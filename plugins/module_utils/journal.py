@@ -1,30 +1,35 @@
 # Copyright: The microvm.reaper authors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""The journal: what reapers set out to remove on one host, why, and what came of it. For people; no plan is made of it.
+"""The journal: what reapers set out to do on one host, why, and what came of it. For people; no plan is made of it.
 
 It lies beside the realm's ledger, at ``<state directory>/<realm>/journal.jsonl``, one ENTRY in JSON to a line. Lines
 are only ever added. A file that would grow over MAX_BYTES becomes ``journal.jsonl.1``, in the place of the one before.
 
-ENTRY ``{time, boottime, boot_id, sweep, what}``: when, as UTC text for people and in seconds of the boot clock, and in
-which sweep; and with ``what``
+ENTRY ``{time, boottime, boot_id, sweep, previous, what}``: when, as UTC text for people and in seconds of the boot
+clock, in which sweep, and the SHA-256 of the line before, also of one in the file before, and of one that a power cut
+left unfinished; and with ``what``
 
-``intent``   before the first act, one for each TOKEN: ``{kind, name, vm_id, identity, evidence, strikes,
-             reasons: [text], source, epoch}``, the last two those of the live manifest
-``outcome``  after the last act, one for each token: ``{kind, name, vm_id, outcome, message, bytes}``
+``intent``   before the first act, one for each TOKEN: ``{kind, name, vm_id, identity, step, evidence, strikes,
+             reasons: [text], source, epoch}``, the last two those of the live manifest; ``step`` is aside, remove or
+             bring_back
+``outcome``  after its act: ``{kind, name, vm_id, outcome, message, bytes}``
 ``latched``  the realm was latched: ``{message}``
 
-Keys that are not known are left out on reading, so that entries may get more of them.
+Keys that are not known are left out on reading, so that entries may get more of them. Who changes a line, or takes one
+away between two others, breaks the chain, and about() says where.
 
-A sweep writes and syncs all intents at once and all outcomes at once; one that has nothing to remove writes nothing. A
-reaper that is killed in between leaves intents without outcomes. What was done by then is not lost: the ledger has the
-same intents, and the next sweep looks at each object again, finishes what is left and writes the outcome of that. What
-is gone by then gets no outcome: its intent says which sweep went for it, and why.
+All intents are written and synced before the first act, the outcomes as they come, synced each SYNC_SECONDS and at the
+end; a sweep that has nothing to do writes nothing. A reaper that is killed leaves intents without outcomes. What was
+done by then is not lost: the ledger has the same intents, and the next sweep looks at each object again, finishes what
+is left and writes the outcome of that. What is gone by then gets no outcome: its intent says which sweep went for it,
+and why.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -44,8 +49,13 @@ MAX_ENTRIES = 1000
 MAX_LINE = 128 * 1024
 MAX_TEXT = 500
 MAX_REASONS = 4
+SYNC_SECONDS = 1.0
+BEGINNING = "0" * 64  # what the first line has in the place of the line before
 
-TEXTS = ("time", "boot_id", "sweep", "kind", "name", "vm_id", "identity", "evidence", "source", "outcome", "message")
+TEXTS = (
+    "time", "boot_id", "sweep", "previous", "kind", "name", "vm_id", "identity", "step", "evidence", "source",
+    "outcome", "message",
+)
 NUMBERS = ("boottime", "strikes", "epoch", "bytes")
 # Without these an entry says nothing.
 NEEDED = {
@@ -71,9 +81,13 @@ class Journal:
         self.state_dir = state_dir
         self.realm = realm
         self.sweep = sweep or os.urandom(8).hex()
+        self._boot_id = read_text("/proc/sys/kernel/random/boot_id").strip()
+        self._file: _File | None = None
+        self._problem: Exception | None = None
+        self._synced = 0.0
 
     def intents(self, plan, tokens):
-        """Write what the tokens of ``plan`` are about to lose, and why. Raises LedgerError."""
+        """Write what is about to be done to the tokens of ``plan``, and why. Raises LedgerError."""
         families, manifest = plan.get("families", {}), plan.get("manifest", {})
         self._append(
             [
@@ -83,6 +97,7 @@ class Journal:
                     "name": token["name"],
                     "vm_id": token["vm_id"],
                     "identity": _cut(token["identity"]),
+                    "step": token.get("step"),
                     "evidence": token.get("evidence"),
                     "strikes": families.get(token["vm_id"], {}).get("strikes"),
                     "reasons": _reasons(token, families.get(token["vm_id"], {})),
@@ -93,58 +108,176 @@ class Journal:
             ]
         )
 
-    def outcomes(self, outcomes):
-        """Write what came of it. Raises LedgerError."""
+    @contextlib.contextmanager
+    def writing(self, tell):
+        """Keep the journal open for the outcomes of a sweep. ``tell`` hears at the end what could not be written."""
+        self._synced = time.monotonic()
+        try:
+            self._file = _File(self.state_dir, self.realm)
+        except ledgers.LedgerError as err:
+            self._problem = err
+        try:
+            yield
+        finally:
+            if self._file is not None:
+                self._attempt(self._file.sync)
+                self._file.close()
+            self._file = None
+            if self._problem is not None:
+                tell("what was done could not be written down: %s" % self._problem)
+
+    def outcome(self, one):
+        """Write what came of an act, while writing(). An outcome that cannot be written stops nothing."""
+        journal = self._file
+        if journal is None or self._problem is not None:
+            return
         kept = ("kind", "name", "vm_id", "outcome", "bytes")
-        self._append(
-            [
-                dict({key: one[key] for key in kept}, what=OUTCOME, message=_cut(one["message"]))
-                for one in outcomes
-            ]
-        )
+        entry = dict({key: one[key] for key in kept}, what=OUTCOME, message=_cut(one["message"]))
+        self._attempt(lambda: journal.add([dict(self._stamp(), **entry)]))
+        if self._problem is None and time.monotonic() - self._synced > SYNC_SECONDS:
+            self._attempt(journal.sync)
+            self._synced = time.monotonic()
 
     def latched(self, message):
         """Write that the realm was latched. Raises LedgerError."""
         self._append([{"what": LATCHED, "message": _cut(message)}])
 
+    def _attempt(self, write):
+        try:
+            write()
+        except ledgers.LedgerError as err:
+            self._problem = err
+
     def _append(self, entries):
+        """Add all of the entries, on the disk, or none."""
         if not entries:
             return
-        stamp = {
+        with contextlib.closing(_File(self.state_dir, self.realm)) as journal:
+            journal.add([dict(self._stamp(), **entry) for entry in entries])
+            journal.sync()
+
+    def _stamp(self):
+        return {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "boottime": round(boottime(), 3),
-            "boot_id": read_text("/proc/sys/kernel/random/boot_id").strip(),
+            "boot_id": self._boot_id,
             "sweep": self.sweep,
         }
-        lines = [json.dumps(dict(stamp, **entry), sort_keys=True).encode("ascii") + b"\n" for entry in entries]
-        path = path_of(self.state_dir, self.realm)
+
+
+class _File:
+    """The journal's file, open to be added to. Every method but close() raises JournalError."""
+
+    def __init__(self, state_dir, realm):
+        self.path = path_of(state_dir, realm)
+        self._descriptor = -1
+        self._size, self._is_new, self._is_torn, self._previous = 0, True, False, BEGINNING
+        with self._explained():
+            ledgers.own_directory(state_dir)
+            ledgers.own_directory(os.path.dirname(self.path))
+            self._open()
+
+    def add(self, entries):
+        """Add the entries, all of them or none, each with the hash of the line before it."""
+        with self._explained():
+            lines, previous = self._chained(entries)
+            if self._size and self._size + len(lines) > MAX_BYTES:
+                os.rename(self.path, self.path + ".1")
+                os.close(self._descriptor)
+                self._open()
+            if self._is_torn:
+                lines = b"\n" + lines  # what a power cut left of the last line must not join this one
+            self._write(lines)
+            self._previous, self._is_torn = previous, False
+
+    def sync(self):
+        """Have on the disk what was added."""
+        with self._explained():
+            os.fsync(self._descriptor)
+            if self._is_new:
+                ledgers.sync_directory(os.path.dirname(self.path))
+                self._is_new = False
+
+    def close(self):
+        """Close the file."""
+        os.close(self._descriptor)
+
+    def _open(self):
+        self._descriptor = _open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
         try:
-            ledgers.own_directory(self.state_dir)
-            ledgers.own_directory(os.path.dirname(path))
-            _write(path, b"".join(lines))
+            self._size = os.fstat(self._descriptor).st_size
+            self._is_new = not self._size
+            self._previous, self._is_torn = _last(self._descriptor, self._size)
+            if self._is_new:
+                self._previous = _last_of(self.path + ".1")
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+
+    def _chained(self, entries):
+        lines, previous = [], self._previous
+        for entry in entries:
+            line = json.dumps(dict(entry, previous=previous), sort_keys=True).encode("ascii")
+            lines.append(line + b"\n")
+            previous = _hash(line)
+        return b"".join(lines), previous
+
+    def _write(self, data):
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(self._descriptor, view) :]
+        except OSError:
+            # A full disk took a part: nothing will be done, and nothing must be said to have been intended.
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._descriptor, self._size)
+            raise
+        self._size += len(data)
+
+    @contextlib.contextmanager
+    def _explained(self):
+        try:
+            yield
         except OSError as err:
-            raise JournalError("cannot write the journal %s: %s" % (path, ledgers.why(err))) from err
+            raise JournalError("cannot write the journal %s: %s" % (self.path, ledgers.why(err))) from err
 
 
 def about(state_dir, realm, wanted):
-    """Return ``{entries: [ENTRY], truncated}``: the latest MAX_ENTRIES entries that have all that ``wanted`` has.
+    """Return ``{entries: [ENTRY], truncated, broken}``: the latest MAX_ENTRIES that have all that ``wanted`` has.
 
     ``wanted`` is for example ``{"vm_id": "v1"}``. A latch is about every VM. Entries are in the order in which they
     were written; lines that are none, as a power cut leaves one, are skipped. A host without a journal has no entries.
+    ``broken`` says where the journal is not as it was written, None where it is.
     """
-    found, seen = collections.deque(maxlen=MAX_ENTRIES), 0
+    found, seen, chain = collections.deque(maxlen=MAX_ENTRIES), 0, _Chain()
     path = path_of(state_dir, realm)
     try:
         with contextlib.ExitStack() as stack:
-            for stream in _generations(path, stack):
-                for line in _lines(stream):
+            for name, stream in _generations(path, stack):
+                for number, line in enumerate(_lines(stream), 1):
                     entry = _parsed(line)
+                    chain.follow(line, entry, "line %d of %s" % (number, name))
                     if entry and (entry["what"] == LATCHED or wanted.items() <= entry.items()):
                         found.append(entry)
                         seen += 1
     except OSError as err:
         raise JournalError("cannot read the journal %s: %s" % (path, ledgers.why(err))) from err
-    return {"entries": list(found), "truncated": seen > len(found)}
+    return {"entries": list(found), "truncated": seen > len(found), "broken": chain.broken}
+
+
+class _Chain:
+    """Follows the hashes from line to line; ``broken`` says where they first do not fit."""
+
+    def __init__(self):
+        self.broken = None
+        self._previous = None
+
+    def follow(self, line, entry, where):
+        """Take the next line, with the ENTRY in it if there is one. The oldest line that is kept proves nothing."""
+        said = entry and entry.get("previous")
+        if self._previous is not None and entry and said != self._previous and self.broken is None:
+            self.broken = "%s does not follow the line before it: one of them was changed, or lines are missing" % where
+        self._previous = _hash(line.rstrip(b"\n"))
 
 
 def checked(entry):
@@ -172,6 +305,8 @@ def _text(value):
 
 
 def _reasons(token, family):
+    if token.get("why"):
+        return [_cut(token["why"])]
     if token.get("resume"):
         return ["an earlier sweep began to remove it and was cut short"]
     return [_cut(reason["text"]) for reason in family.get("reasons", [])[:MAX_REASONS]]
@@ -181,29 +316,28 @@ def _cut(text):
     return text if text is None or len(text) <= MAX_TEXT else text[:MAX_TEXT] + "..."
 
 
-def _write(path, data):
-    """Add ``data`` to the file, all of it or nothing, and have it on the disk."""
-    descriptor = _open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+def _hash(line):
+    return hashlib.sha256(line).hexdigest()
+
+
+def _last(descriptor, size):
+    """Return ``(hash, is torn)`` of the last line of a file."""
+    if not size:
+        return BEGINNING, False
+    tail = os.pread(descriptor, MAX_LINE, max(0, size - MAX_LINE))
+    is_torn = not tail.endswith(b"\n")
+    line = tail if is_torn else tail[:-1]
+    return _hash(line[line.rfind(b"\n") + 1 :]), is_torn
+
+
+def _last_of(path):
+    """Return the hash of the last line of a file that may not be there."""
     try:
-        size = os.fstat(descriptor).st_size
-        if size and size + len(data) > MAX_BYTES:
-            os.rename(path, path + ".1")
-            os.close(descriptor)
-            descriptor, size = _open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT), 0
-        if size and os.pread(descriptor, 1, size - 1) != b"\n":
-            data = b"\n" + data  # what a power cut left of the last line must not join this one
-        try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(descriptor, view):]
-            os.fsync(descriptor)
-        except OSError:
-            # A full disk took a part: nothing will be done, and nothing must be said to have been intended.
-            with contextlib.suppress(OSError):
-                os.ftruncate(descriptor, size)
-            raise
-        if not size:
-            ledgers.sync_directory(os.path.dirname(path))
+        descriptor = _open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return BEGINNING
+    try:
+        return _last(descriptor, os.fstat(descriptor).st_size)[0]
     finally:
         os.close(descriptor)
 
@@ -218,12 +352,12 @@ def _open(path, flags):
 
 
 def _generations(path, stack):
-    """Return both files, the older first, opened such that a reaper that renames one of them hides nothing."""
+    """Return ``[(path, stream)]``, the older first, opened so that a reaper that renames one hides nothing."""
     streams = []
     for name in (path, path + ".1"):
         with contextlib.suppress(FileNotFoundError):
-            streams.append(stack.enter_context(os.fdopen(_open(name, os.O_RDONLY), "rb")))
-    if len(streams) == 2 and os.path.sameopenfile(streams[0].fileno(), streams[1].fileno()):
+            streams.append((name, stack.enter_context(os.fdopen(_open(name, os.O_RDONLY), "rb"))))
+    if len(streams) == 2 and os.path.sameopenfile(streams[0][1].fileno(), streams[1][1].fileno()):
         streams.pop()
     return streams[::-1]
 

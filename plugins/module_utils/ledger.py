@@ -6,11 +6,13 @@ It lies at ``<state directory>/<realm>/ledger.json``, readable by its owner only
 beside, synced, renamed, the directory synced. So a power cut leaves the old one or the new one.
 
 LEDGER ``{version, realm, host, machine_id, generation, manifest: {epochs, count},
-strikes: {"kind name": STRIKE}, intents: [TOKEN], reaped: {vm_id: seconds since 1970}, latch}``
+strikes: {"kind name": STRIKE}, intents: [TOKEN], aside: [HELD], reaped: {vm_id: seconds since 1970}, latch}``
 STRIKE ``{identity, vm_id, strikes, first, last, boot_id}``; first and last are instants of the boot clock in seconds.
+HELD   a TOKEN with ``{since, boot_id, sweep, state}``: what waits for its removal, since when, by the boot clock.
+       ``state`` is ``aside`` after a step that can be taken back, ``waiting`` of what lies as it lay.
 
 ``generation`` counts the writes: a plan made from generation N is carried out on generation N only. ``intents`` are
-the removals that were begun and whose end is not known, so that the next sweep can finish what was cut short.
+the acts that were begun and whose end is not known, so that the next sweep can finish what was cut short.
 ``reaped`` are the VMs of which something was removed here, the latest ones. ``latch`` is null or ``{code, message}``,
 about a VM that was reaped and turned out to live: nothing more is removed in the realm until a person has cleared it.
 """
@@ -28,6 +30,7 @@ import stat
 from .resource import VM_ID
 
 VERSION = 1
+STATES = ("aside", "waiting")
 MAX_BYTES = 64 * 1024 * 1024
 MAX_REAPED = 10000
 MAX_COUNT = 1 << 53
@@ -54,6 +57,7 @@ def empty(realm):
         "manifest": {"epochs": {}, "count": None, "counts": {}},
         "strikes": {},
         "intents": [],
+        "aside": [],
         "reaped": {},
         "latch": None,
     }
@@ -140,6 +144,24 @@ def pins(state_dir):
     return ["".join(c if c.isprintable() else "?" for c in line) for line in lines if line]
 
 
+def pin(state_dir, vm_ids, until):
+    """Add VMs to the host's pin file, until the end of a day, ``YYYY-MM-DD``. Raises LedgerError."""
+    path = os.path.join(state_dir, "keep")
+    try:
+        own_directory(state_dir)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "ab") as stream:
+            size = os.fstat(descriptor).st_size
+            joint = b"\n" if size and os.pread(descriptor, 1, size - 1) != b"\n" else b""
+            lines = ("%s until %s  # brought back\n" % (vm_id, until) for vm_id in vm_ids)
+            stream.write(joint + "".join(lines).encode("ascii"))
+            stream.flush()
+            os.fsync(descriptor)
+        sync_directory(state_dir)
+    except OSError as err:
+        raise LedgerError("cannot write the pins %s: %s" % (path, why(err))) from err
+
+
 def why(err):
     """Return the reason in words, with the right that is missing."""
     missing = err.errno in (errno.EACCES, errno.EPERM) and os.geteuid() != 0
@@ -195,13 +217,16 @@ def _checked(ledger, realm):
             raise ValueError("a strike without a count or a boot id")
         if not (math.isfinite(strike["first"]) and math.isfinite(strike["last"])):
             raise ValueError("a strike without its instants")
-    if not isinstance(ledger["intents"], list):
-        raise ValueError("intents is not a list")
-    for token in ledger["intents"]:
-        if not all(isinstance(token[key], str) for key in ("kind", "name", "identity")):
-            raise ValueError("an intent without kind, name or identity")
-        if not VM_ID.fullmatch(token["vm_id"]) or not isinstance(token["details"], dict):
-            raise ValueError("an intent without vm_id or details")
+    # A ledger of a version that had no ladder has nothing aside.
+    ledger = dict(ledger, aside=ledger.get("aside", []))
+    for key in ("intents", "aside"):
+        if not isinstance(ledger[key], list):
+            raise ValueError("%s is not a list" % key)
+        for token in ledger[key]:
+            _check_token(token)
+    for held in ledger["aside"]:
+        if not math.isfinite(held["since"]) or not isinstance(held["boot_id"], str) or held["state"] not in STATES:
+            raise ValueError("something aside without an instant, a boot id or a state")
     remembered = dict(empty(realm)["manifest"], **ledger["manifest"])
     if not all(math.isfinite(epoch) for epoch in remembered["epochs"].values()):
         raise ValueError("an epoch that is no number")
@@ -218,6 +243,13 @@ def _checked(ledger, realm):
         if ledger[key] is not None and not isinstance(ledger[key], str):
             raise ValueError("%s %r" % (key, ledger[key]))
     return ledger
+
+
+def _check_token(token):
+    if not all(isinstance(token[key], str) for key in ("kind", "name", "identity")):
+        raise ValueError("an intent without kind, name or identity")
+    if not VM_ID.fullmatch(token["vm_id"]) or not isinstance(token["details"], dict):
+        raise ValueError("an intent without vm_id or details")
 
 
 def _keep_corrupt_aside(state_dir, realm, path):

@@ -5,8 +5,8 @@
 Pure: no input or output. The shapes are those of the collection's contract:
 
 RESOURCE  ``{kind, name, vm_id, identity, in_use, holders, age_seconds, bytes, parent, details}``
-HOLDER    ``{type, name}`` and, where the holder is itself a resource of a known kind, ``kind``
-TOKEN     ``{kind, name, vm_id, identity, stop, details}``: one resource to be removed
+HOLDER    ``{type, name}`` and, where the holder is itself a resource of a known kind, ``kind``; see blame.py for more
+TOKEN     ``{kind, name, vm_id, identity, step, stop, details}``: one resource that is to go; ``step`` is one of STEPS
 OUTCOME   ``{kind, name, vm_id, outcome, message, bytes, holders}``
 """
 
@@ -19,12 +19,23 @@ import re
 VM_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+-]{0,127}")
 MAX_NAME = 4096
 
+# The steps of the ladder: what can be taken back, and what cannot.
+ASIDE = "aside"
+REMOVE = "remove"
+STEPS = (ASIDE, REMOVE)
+# What a TOKEN has of the plan that it is in; what is remembered of it has none of these.
+OF_A_PLAN = ("step", "stop", "resume", "why")
+
 REAPED = "reaped"
+SET_ASIDE = "set_aside"
+RESTORED = "restored"
 ALREADY_GONE = "already_gone"
 DEFERRED = "deferred"
 IDENTITY_CHANGED = "identity_changed"
 FAILED = "failed"
 WOULD_REAP = "would_reap"
+WOULD_SET_ASIDE = "would_set_aside"
+WOULD_RESTORE = "would_restore"
 
 # The evidence for removing something of a VM that lives on another host.
 ELSEWHERE = "elsewhere"

@@ -27,6 +27,7 @@ CLOSED = -1  # not None, which for a directory descriptor means the working dire
 
 _AT_EMPTY_PATH, _STATX_BTIME, _MAX_HANDLE = 0x1000, 0x800, 128
 _MS_PRIVATE, _UMOUNT_NOFOLLOW = 1 << 18, 8
+_NO_REPLACE = 1
 _NOT_A_DIRECTORY = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -119,10 +120,8 @@ class Tree:
     def remove(self):
         """Remove the empty tree itself. Raises Busy when it is not empty, or not the directory that we hold."""
         try:
-            if self.directory != CLOSED:
-                there = os.stat(self.name, dir_fd=self.parent, follow_symlinks=False)
-                if not os.path.samestat(there, os.fstat(self.directory)):
-                    raise Busy("another directory of the same name took its place")
+            if self.directory != CLOSED and not self._is_itself():
+                raise Busy("another directory of the same name took its place")
             os.rmdir(self.name, dir_fd=self.parent)
         except FileNotFoundError:
             return
@@ -131,13 +130,66 @@ class Tree:
                 raise Busy("unmounted; the directory that its mount hid is another one, and not empty") from err
             raise _blocked(err, self.path) from err
 
+    def move_below(self, first, second):
+        """Move the tree into ``first/second/`` beside it, directories that only we can enter; return its new path.
+
+        Raises Busy when the tree is not what is at its name any more, Refused when it cannot be moved.
+        """
+        place = os.dup(self.parent)
+        try:
+            for name in (first, second):
+                place = _own(name, place)
+            try:
+                os.rename(self.name, self.name, src_dir_fd=self.parent, dst_dir_fd=place)
+            except OSError as err:
+                if err.errno == errno.ENOENT:
+                    raise _blocked(err, self.path) from err
+                raise Refused("%s: %s" % (shown(self.path), err.strerror)) from err
+            self.parent, place = place, self.parent
+            self.path = os.path.join(os.path.dirname(self.path), first, second, self.name)
+            if not self._is_itself():
+                self.move_up()
+                raise Busy("another directory of the same name took its place")
+            return self.path
+        finally:
+            os.close(place)
+
+    def move_up(self):
+        """Move a tree that lies in ``first/second/`` back beside ``first``, and remove ``second``.
+
+        Raises Busy when something of its name is there.
+        """
+        home = os.open("../..", DIRECTORY, dir_fd=self.parent)
+        try:
+            _rename_to_free(self.name, self.parent, home)
+        except OSError as err:
+            raise _blocked(err, self.name, "in the way") from err
+        finally:
+            os.close(home)
+        self.remove_parent()
+
+    def remove_parent(self):
+        """Remove ``second`` that the tree lay in, and ``first``, those that are empty."""
+        names = self.path.split("/")
+        with contextlib.suppress(OSError):
+            for above, name in (("..", names[-2]), ("../..", names[-3])):
+                place = os.open(above, DIRECTORY, dir_fd=self.parent)
+                try:
+                    os.rmdir(name, dir_fd=place)
+                finally:
+                    os.close(place)
+
+    def _is_itself(self):
+        there = os.stat(self.name, dir_fd=self.parent, follow_symlinks=False)
+        return os.path.samestat(there, os.fstat(self.directory))
+
     def _make_private(self, mount):
         """Cut a mount off from its peers: what we unmount on it would be unmounted there too, outside of the tree."""
         parent, name = self._parent_of(mount)
         try:
             point = os.open(name, PLACE, dir_fd=parent)
             try:
-                if _mount_id(point) != mount.id:
+                if mount_id(point) != mount.id:
                     raise Busy("a mount that shares what is mounted on it is hidden: %s" % shown(mount.point))
                 _call("mount", None, _path_of(point), None, _MS_PRIVATE, None)
             finally:
@@ -179,7 +231,7 @@ class Removal:
         self.bytes = 0
         self._top = directory
         self._is_late = is_late
-        self._mount = _mount_id(directory)
+        self._mount = mount_id(directory)
         self._names = "reaper-%s" % os.urandom(8).hex()
         self._moved = 0
 
@@ -220,7 +272,7 @@ class Removal:
     def _remove_directory(self, parent, name, depth):
         directory = _open(name, DIRECTORY, parent)
         try:
-            if _mount_id(directory) != self._mount:
+            if mount_id(directory) != self._mount:
                 raise Busy("mounted: %s" % shown(name))
             self._empty(directory, depth + 1)
         finally:
@@ -258,9 +310,44 @@ def _descend(base, names, flags=DIRECTORY, start=None):
     return place
 
 
+def _rename_to_free(name, source, target):
+    """Rename an entry into another directory in which nothing has its name."""
+    raw = os.fsencode(name)
+    try:
+        _call("renameat2", source, raw, target, raw, _NO_REPLACE)
+        return
+    except AttributeError:  # a C library that is too old for it
+        pass
+    except OSError as err:
+        if err.errno not in (errno.EINVAL, errno.ENOSYS):  # of a file system that does not know the flag
+            raise
+    with contextlib.suppress(FileNotFoundError):
+        os.stat(name, dir_fd=target, follow_symlinks=False)
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+    os.rename(name, name, src_dir_fd=source, dst_dir_fd=target)
+
+
+def _own(name, place):
+    """Return a descriptor of a directory below another, which is closed; made if need be, and nobody else's."""
+    try:
+        try:
+            os.mkdir(name, 0o700, dir_fd=place)
+        except FileExistsError:
+            pass
+        below = _open(name, DIRECTORY, place)
+    except OSError as err:
+        raise Refused("%s: %s" % (shown(name), err.strerror)) from err
+    status = os.fstat(below)
+    if status.st_uid != os.geteuid() or status.st_mode & 0o077 or status.st_dev != os.fstat(place).st_dev:
+        os.close(below)
+        raise Refused("%s is not a directory of the reaper's user alone" % shown(name))
+    os.close(place)
+    return below
+
+
 def _blocked(err, name, what="in use"):
     """Return the error to raise for what the kernel answered."""
-    if err.errno == errno.EBUSY:
+    if err.errno == errno.EBUSY or err.errno == errno.EEXIST and what == "in the way":
         return Busy("%s: %s" % (what, shown(name)))
     if err.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.ENOENT):
         return Busy("changed while it was removed: %s" % shown(name))
@@ -292,7 +379,7 @@ def _inode_and_birth(directory):
     return "inode:%d:%d.%d" % (status.st_ino, seconds, nanoseconds)
 
 
-def _mount_id(descriptor):
+def mount_id(descriptor):
     """Return the id of the mount that a descriptor is in. Unlike the device it differs for a bind mount too."""
     with open("/proc/self/fdinfo/%d" % descriptor, "rb") as stream:
         for line in stream:

@@ -12,18 +12,25 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import fcntl
 import json
 import os
 import re
+import time
 
 from . import dm
 from .probe import ProbeError, find_command
 
+LOCK_SECONDS = 5.0
 NOTES = "thin-metadata-snapshots.json"
+LOCK = "thin-metadata-snapshots.lock"
+# Who keeps account of all volumes of a pool himself, by the beginning of its uuid (or that of a volume).
+MANAGERS = (("LVM-", "lvm"), ("stratis-", "stratis"))
 
 Pool = collections.namedtuple("Pool", "name uuid number incarnation")
 # ``trouble``: why nothing may be deleted in the pool, None for none. ``held``: block of its metadata snapshot.
-Health = collections.namedtuple("Health", "trouble held used_bytes")
+# ``full``: percent of its data or of its metadata, whichever is more.
+Health = collections.namedtuple("Health", "trouble held used_bytes full")
 
 # Of digits as the kernel writes them, and not more than it has: Python's int() takes others, and refuses thousands.
 _USED = re.compile(r"[0-9]{1,20}/[0-9]{1,20}")
@@ -59,7 +66,9 @@ def identity(one):
 def health(one, statuses, host):
     """Return the Health of a pool from the status lines of all pools."""
     line = statuses.get(one.name)
-    return parse_health(line.sectors, line.words, _ours(one, host)) if line else Health("not a thin pool", None, None)
+    if line is None:
+        return Health("not a thin pool", None, None, None)
+    return parse_health(line.sectors, line.words, _ours(one, host))
 
 
 def read_health(one, host):
@@ -69,8 +78,8 @@ def read_health(one, host):
 
 def parse_health(sectors, words, ours=None):
     """Parse a pool's status. Out of data space is no trouble: deletes are what such a pool waits for, and work."""
-    if len(words) < 5 or not _USED.fullmatch(words[2]):
-        return Health(" ".join(words) or "no status", None, None)  # Fail, Error
+    if len(words) < 5 or not all(_USED.fullmatch(word) for word in words[1:3]):
+        return Health(" ".join(words) or "no status", None, None, None)  # Fail, Error
     used, total = (int(count) for count in words[2].split("/"))
     held = None if words[3] == "-" else words[3]
     # The length of the table is that of the data, rounded up by less than a block.
@@ -83,7 +92,12 @@ def parse_health(sectors, words, ours=None):
         trouble = "its metadata snapshot is held by somebody else (block %s)" % held
     else:
         trouble = None
-    return Health(trouble, held, used_bytes)
+    return Health(trouble, held, used_bytes, max(_percent(word) for word in words[1:3]))
+
+
+def _percent(word):
+    used, total = (int(count) for count in word.split("/"))
+    return round(100 * used / max(total, 1), 1)
 
 
 def records(one, host):
@@ -94,6 +108,11 @@ def records(one, host):
     find_command("thin_dump")
     if host.state_dir is None:
         raise ProbeError("there is no state directory in which to note the metadata snapshot")
+    with _alone(host):
+        return _records(one, host)
+
+
+def _records(one, host):
     found = read_health(one, host)
     if found.trouble:
         raise ProbeError("pool %s: %s" % (one.name, found.trouble))
@@ -136,6 +155,41 @@ def is_same(before, now):
         and before["device"][3] > 0
         and all(then <= later for then, later in zip(before["pool"], now["pool"]))
     )
+
+
+def delete(one, thin_id, host):
+    """Delete a thin id that no device has; the kernel refuses any other. Returns ``(bytes, complaint)``.
+
+    The bytes are what the pool has free more than before. No complaint, "", when the id is gone.
+    """
+    before = read_health(one, host).used_bytes
+    rc, _out, err = dm.dmsetup(host, "message", "--", one.name, "0", "delete %d" % thin_id)
+    if rc != 0 and dm.NO_DATA not in err:
+        return 0, dm.reason(err) or "exit code %d" % rc
+    after = read_health(one, host).used_bytes
+    return max(before - after, 0) if before is not None and after is not None else 0, ""
+
+
+@contextlib.contextmanager
+def _alone(host):
+    """Keep other reapers out: they would take our metadata snapshot for one that was left behind, and release it."""
+    path = os.path.join(host.state_dir, LOCK)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        _lock(descriptor, time.monotonic() + LOCK_SECONDS)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor, deadline):
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise ProbeError("another reaper is reading the metadata of thin pools") from None
+            time.sleep(0.05)
 
 
 @contextlib.contextmanager

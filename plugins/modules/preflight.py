@@ -49,6 +49,11 @@ hosts:
   returned: always
   type: list
   elements: str
+sweep:
+  description: The id of this run.
+  returned: always
+  type: str
+  sample: 1f2e3d4c5b6a7988
 problems:
   description: What is wrong, each in a sentence that names the variable.
   returned: failure

@@ -46,10 +46,17 @@ options:
         description: The result of M(microvm.reaper.brake).
         type: str
         required: true
+      published:
+        description: The result of M(microvm.reaper.publish).
+        type: str
       result:
         description: The result of M(microvm.reaper.reap).
         type: str
         required: true
+  sweep:
+    description: The id of the sweep, for who wants to undo it.
+    type: str
+    default: ""
   path:
     description: Write the report as JSON to this file. Batches of one run share it.
     type: path

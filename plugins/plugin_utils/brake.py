@@ -49,8 +49,8 @@ def live_again(plans, listed, any_host_protects):
 
 
 def doomed(plans):
-    """Return how many VMs the plans of a batch reap, counted on each host."""
-    return sum(len({token["vm_id"] for token in plan["reap"]}) for plan in plans.values())
+    """Return how many VMs the plans of a batch begin to reap, counted on each host. The rest was counted before."""
+    return sum(len(plan["begins"]) for plan in plans.values())
 
 
 def _over_cap(plans, refused, caps, spent):

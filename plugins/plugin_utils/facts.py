@@ -49,7 +49,7 @@ def vm_ids(facts):
     """Return all ids that unpacked facts name: in resources, in the ledger, and by the supervisors."""
     found = {resource["vm_id"] for entry in facts["kinds"].values() for resource in entry["resources"]}
     found.update(strike["vm_id"] for strike in facts["ledger"]["strikes"].values())
-    found.update(token["vm_id"] for token in facts["ledger"]["intents"])
+    found.update(token["vm_id"] for key in ("intents", "aside") for token in facts["ledger"][key])
     found.update(facts["ledger"]["reaped"])
     found.update(facts.get("alive", ()))
     return found
@@ -127,6 +127,9 @@ def _checked_kind(kind, entry):
         raise FactsError("kind %s: 'reason' must be a text and 'foreign' a number" % kind)
     table = entry["columns"] if "columns" in entry else _columns(kind, entry.get("resources"))
     _check_columns(kind, table)
+    places = entry.get("places", {})
+    if not isinstance(places, dict) or not all(_is_text(name) and _is_number(full) for name, full in places.items()):
+        raise FactsError("kind %s: 'places' must say how full places are, not %.300r" % (kind, places))
     if entry["status"] != "ok" and table["name"]:
         raise FactsError("kind %s: resources, although it is %s" % (kind, entry["status"]))
     rest = {key: value for key, value in entry.items() if key != "columns"}
@@ -204,6 +207,10 @@ _GOOD = {
 
 def _is_line(value):
     return isinstance(value, str) and value.isprintable() and bool(value.strip())
+
+
+def _is_text(value):
+    return isinstance(value, str) and value.isprintable()
 
 
 def _is_number(value):

@@ -81,13 +81,14 @@ def decision(plan):
     """Return what a plan comes to: the parts of it that brake() needs, and of each VM the verdict and the reasons.
 
     DECISION ``{refused, manifest: {count}, ledger: {machine_id}, reap: [{kind, name, vm_id}],
-    families: {vm_id: {verdict, codes: [code of a reason], resources: how many}}}``
+    begins: [vm_id], families: {vm_id: {verdict, codes: [code of a reason], resources: how many}}}``
     """
     return {
         "refused": plan["refused"],
         "manifest": {"count": plan["manifest"]["count"]},
         "ledger": {"machine_id": plan["ledger"]["machine_id"]},
         "reap": [{key: token[key] for key in ("kind", "name", "vm_id")} for token in plan["reap"]],
+        "begins": plan["begins"],
         "families": {
             vm_id: {"verdict": family["verdict"], "codes": _codes(family), "resources": len(family["resources"])}
             for vm_id, family in plan["families"].items()
@@ -103,6 +104,8 @@ def checked_decision(found):
         "manifest": {"count": int(found["manifest"]["count"])},
         "ledger": {"machine_id": found["ledger"]["machine_id"] and str(found["ledger"]["machine_id"])},
         "reap": [{key: str(token[key]) for key in ("kind", "name", "vm_id")} for token in found["reap"]],
+        # A file of a version without a ladder: all that went began to go then.
+        "begins": [str(one) for one in found.get("begins", sorted({token["vm_id"] for token in found["reap"]}))],
         "families": {
             vm_id: {
                 "verdict": str(family["verdict"]),

@@ -12,7 +12,9 @@ The rules, in the order in which they are applied:
 3. A family is confirmed when every member was seen, as the same object, in as many sweeps as the policy asks for.
 4. A member of a confirmed family goes unless it is held (somebody refers to it) or unknown (what could hold it could
    not be read).
-5. More than the caps allow: the whole plan is refused. It is never cut short.
+5. What goes climbs a ladder: first the step that can be taken back, and after the hold, in a later plan, if nothing
+   speaks against it by then, the one that cannot.
+6. More than the caps allow: the whole plan is refused. It is never cut short.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ import contextlib
 import datetime
 import fnmatch
 import re
+
+from ..module_utils.resource import OF_A_PLAN
 
 LIVE = "live"
 SUSPECTED = "suspected"
@@ -39,20 +43,35 @@ ELSEWHERE = "elsewhere"
 # The grades of evidence on which something may be removed; a policy may have a value for each.
 GRADES = (TOMBSTONED, ABSENT)
 RUNNING_POLICIES = ("never", TOMBSTONED, CONFIRMED)
-ZOMBIE_POLICIES = ("report", "notify_parent")
+REPORT, RESTART_UNIT, WITH_FAMILY = "report", "restart_unit", "with_family"
+ZOMBIE_POLICIES = (REPORT, "notify_parent", RESTART_UNIT, WITH_FAMILY)
+THIN_ID_POLICIES = ("false", "report", "true")
 
 # What a plan decides of the ledger; the rest is bookkeeping of the host.
-LEDGER_KEYS = ("host", "machine_id", "manifest", "strikes", "intents", "reaped", "latch")
+LEDGER_KEYS = ("host", "machine_id", "manifest", "strikes", "intents", "aside", "reaped", "latch")
+
+# The steps of the ladder (TOKEN, see resource.py), and what is no step yet.
+ASIDE = "aside"
+REMOVE = "remove"
+WAIT = "wait"
+# When the step that can be taken back of a kind is taken: of all its things, or of those in which something runs.
+ALWAYS = "always"
+RUNNING = "running"
+ANY_KIND = "*"
 
 DEFAULT_POLICY = {
     "realm": None,
     "host": None,
     "strikes": 2,
     "strike_interval": 60,
-    "hold": 0,
+    # What cannot be made again. Seconds; see _holds() for what else it may be.
+    "hold": {"jail": 3600, "dm_thin": 3600, "snapshot": 3600},
+    "pressure": 90,
     "min_age": 60,
     "running": TOMBSTONED,
     "zombies": "notify_parent",
+    "zombies_restart_units": [],
+    "unmapped_thin_ids": "false",
     "keep": [],
     "reused_ids": [],
     "adopt_host": False,
@@ -78,15 +97,20 @@ def complete_policy(policy):
     for key in ("realm", "host"):
         if not isinstance(full[key], str) or not full[key]:
             raise PolicyError("policy: '%s' must be a name, not %r" % (key, full[key]))
-    for key, least in (("strikes", 2), ("hold", 0)):
-        full[key] = _by_grade(key, full[key], least)
+    full["strikes"] = _by_grade("strikes", full["strikes"], 2, DEFAULT_POLICY["strikes"])
+    full["hold"] = _holds(full["hold"])
     for key in ("strike_interval", "min_age", "max_per_host", "percent_floor"):
         full[key] = _checked_number(key, full[key], 0)
-    for key in ("max_percent_per_host", "max_shrink_percent"):
+    for key in ("max_percent_per_host", "max_shrink_percent", "pressure"):
         full[key] = _checked_number(key, full[key], 0, 100)
     if not isinstance(full["adopt_host"], bool):
         raise PolicyError("reap_adopt_host must be true or false, not %r" % (full["adopt_host"],))
-    for key, allowed in (("running", RUNNING_POLICIES), ("zombies", ZOMBIE_POLICIES)):
+    full["unmapped_thin_ids"] = str(full["unmapped_thin_ids"]).lower()
+    for key, allowed in (
+        ("running", RUNNING_POLICIES),
+        ("zombies", ZOMBIE_POLICIES),
+        ("unmapped_thin_ids", THIN_ID_POLICIES),
+    ):
         if full[key] not in allowed:
             raise PolicyError("reap_%s must be one of %s, not %r" % (key, ", ".join(allowed), full[key]))
     try:
@@ -95,9 +119,21 @@ def complete_policy(policy):
         raise PolicyError(
             "reap_reused_ids must be a list of regular expressions, not %r: %s" % (full["reused_ids"], err)
         ) from None
+    _check_units(full["zombies_restart_units"], full["zombies"])
     if not isinstance(full["keep"], list):
         raise PolicyError("reap_keep must be a list, not %r" % (full["keep"],))
     return dict(full, keep=[pin(one) for one in full["keep"]])
+
+
+def _check_units(patterns, zombies):
+    if not isinstance(patterns, list) or not all(isinstance(one, str) and one for one in patterns):
+        raise PolicyError(
+            "reap_zombies_restart_units must be a list of unit names or glob patterns, not %r" % (patterns,)
+        )
+    if zombies == RESTART_UNIT and not patterns:
+        raise PolicyError(
+            "reap_zombies is restart_unit, and reap_zombies_restart_units names no unit that may be restarted"
+        )
 
 
 def pin(text):
@@ -126,31 +162,32 @@ def plan(facts, share, policy, kinds):
 
     facts   what gather read: ``{realm, boot_id, machine_id, boottime_seconds, ledger, ledger_problem, kinds}`` and
             optionally ``other_realms, pins``, ``supervisors: {type: {status, reason, required}}`` and ``alive: {vm_id:
-            why}``, what they say
+            why}``, what they say; a kind may have ``places: {name: percent that is full}``
     share   what the live manifest says of this host and of the ids in the facts: ``{realm, source, epoch, epochs,
             generated_at, age, count, counts, proven, unproven, host_known, live: [vm_id], elsewhere: {vm_id: [host]},
             tombstones: {vm_id: seconds since destroyed, or null}}``; ``age`` in seconds when it was fetched
     policy  see DEFAULT_POLICY
-    kinds   ``{kind: {order, stops, depends_on, resumes}}``
+    kinds   ``{kind: {order, stops, depends_on, resumes, aside}}``
 
-    PLAN    ``{host, realm, manifest, refused, families, reap, ledger, ledger_changed, generation, counts, notices}``
+    PLAN    ``{host, realm, manifest, refused, families, reap, begins, ledger, ledger_changed, generation, counts,
+            notices}``; ``begins`` are the VMs that this plan is the first to take something of
     """
     policy = complete_policy(policy)
     refused = _refuse(facts, share, policy)
     if refused:
-        return _plan(facts, share, policy, refused=refused, counts=_counts(facts, {}, [], UNKNOWN))
+        counts = _counts(facts, {}, [], facts["ledger"]["aside"], UNKNOWN)
+        return _plan(facts, share, policy, refused=refused, counts=counts)
     judge = _Judge(facts, share, policy, kinds)
-    resources = _without_life(facts, kinds, judge.live)
-    families = {vm_id: judge.family(vm_id, members) for vm_id, members in _by_family(resources)}
+    families = {vm_id: judge.family(vm_id, members) for vm_id, members in _by_family(judge.to_judge())}
     judge.keep_unseen_strikes()
-    tokens = _tokens(families, kinds, judge)
-    resumed, kept = _intents(facts, judge, families, kinds)
-    tokens = _in_order(tokens + resumed, kinds)
+    ladder = _Ladder(judge, families)
+    tokens = _in_order(ladder.climb(_going(families, kinds, judge)) + ladder.finish(), kinds)
     living = _living(facts, judge.live)
-    refused = _over_cap(living + len(set(families) | _vm_ids(tokens)), tokens, policy)
-    found = {"families": families, "living": living, "counts": _counts(facts, families, tokens, LIVE)}
+    refused = _over_cap(living + len(set(families) | _vm_ids(tokens)), ladder.begins, policy)
+    found = {"families": families, "living": living, "counts": _counts(facts, families, tokens, ladder.aside, LIVE)}
     if refused:
         return _plan(facts, share, policy, refused=refused, **found)
+    found.update(begins=ladder.begins, said=ladder.notices)
     if not _something(facts) and not facts["ledger"]["generation"]:
         # A host that never had anything of VMs is bound to nothing, and nothing is written on it.
         return _plan(facts, share, policy, **found)
@@ -159,11 +196,18 @@ def plan(facts, share, policy, kinds):
         "machine_id": facts["machine_id"],
         "manifest": _remembered(facts["ledger"]["manifest"], share, policy),
         "strikes": judge.strikes,
-        "intents": kept,
+        "intents": ladder.intents,
+        "aside": ladder.aside,
         "reaped": _still_gone(facts, share),
         "latch": None,
     }
     return _plan(facts, share, policy, tokens=tokens, ledger=ledger, **found)
+
+
+def hold_of(policy, kind, share, vm_id):
+    """Return how many seconds a thing of this kind waits by a complete policy, with what the share says of its VM."""
+    grade = TOMBSTONED if share["proven"] and vm_id in share["tombstones"] else ABSENT
+    return policy["hold"].get(kind, policy["hold"][ANY_KIND])[grade]
 
 
 def is_permitted(running, evidence):
@@ -171,7 +215,7 @@ def is_permitted(running, evidence):
     return running == CONFIRMED and evidence != UNPROVEN or running == TOMBSTONED and evidence == TOMBSTONED
 
 
-def _by_grade(key, value, least):
+def _by_grade(key, value, least, missing):
     """Return ``{grade: number}`` of a number or of a mapping that has some of the grades."""
     if not isinstance(value, dict):
         value = dict.fromkeys(GRADES, value)
@@ -180,7 +224,25 @@ def _by_grade(key, value, least):
         raise PolicyError(
             "reap_%s has values for %s; the grades of evidence are %s" % (key, ", ".join(unknown), ", ".join(GRADES))
         )
-    return {grade: _checked_number(key, value.get(grade, DEFAULT_POLICY[key]), least) for grade in GRADES}
+    return {grade: _checked_number(key, value.get(grade, missing), least) for grade in GRADES}
+
+
+def _holds(value):
+    """Return ``{kind: {grade: seconds}}``, with ANY_KIND for all others.
+
+    ``value`` is a number for all; or a mapping that has a number for some kinds, or for some grades of evidence, and
+    for a kind maybe one for each grade. What is not named does not wait.
+    """
+    if not isinstance(value, dict):
+        return {ANY_KIND: _by_grade("hold", value, 0, 0)}
+    odd = sorted(str(key) for key in value if not isinstance(key, str))
+    if odd:
+        raise PolicyError("reap_hold has values for %s; it may have some for kinds and for grades" % ", ".join(odd))
+    grades = {grade: value[grade] for grade in GRADES if grade in value}
+    found = {ANY_KIND: _by_grade("hold", grades, 0, 0)}
+    for kind in set(value) - set(GRADES):
+        found[kind] = _by_grade("hold", value[kind], 0, 0)
+    return found
 
 
 def _checked_number(key, value, least, most=None):
@@ -199,17 +261,6 @@ def _checked_number(key, value, least, most=None):
     return value
 
 
-def _without_life(facts, kinds, live):
-    """Return the resources of VMs that are not live, by kind and name. All else costs no more than this look."""
-    return [
-        resource
-        for kind in sorted(kinds, key=lambda kind: kinds[kind]["order"])
-        for resource in sorted(
-            (one for one in _of_kind(facts, kind) if one["vm_id"] not in live), key=lambda one: one["name"]
-        )
-    ]
-
-
 def _of_kind(facts, kind):
     return facts["kinds"].get(kind, {}).get("resources", [])
 
@@ -217,7 +268,8 @@ def _of_kind(facts, kind):
 def _something(facts):
     """Tell whether there is anything on the host to decide about."""
     ledger = facts["ledger"]
-    return bool(ledger["strikes"] or ledger["intents"] or any(one["resources"] for one in facts["kinds"].values()))
+    known = ledger["strikes"] or ledger["intents"] or ledger["aside"]
+    return bool(known or any(one["resources"] for one in facts["kinds"].values()))
 
 
 def _by_family(resources):
@@ -258,9 +310,9 @@ def _false_positive(ledger, share, policy):
         when = datetime.datetime.fromtimestamp(ledger["reaped"][vm_id], datetime.UTC)
         return _refusal(
             "latched",
-            "something of the VM %s was removed on the host %s at %s, and the live source %s lists it on %s now: it "
+            "something of the VM %s was taken away on the host %s at %s, and the live source %s lists it on %s now: it "
             "was alive then, or its id is used again; nothing more is removed in realm %s until a person looked and "
-            "clears this with reap_clear_latch=%s (ids that are used again belong in reap_reused_ids)"
+            "clears this with reap_clear_latch=%s (ids that are used again belong in reap_reused_ids)%s"
             % (
                 vm_id,
                 policy["host"],
@@ -269,6 +321,9 @@ def _false_positive(ledger, share, policy):
                 ", ".join(share["elsewhere"].get(vm_id, ["this host"])),
                 policy["realm"],
                 policy["realm"],
+                "; what was set aside of it comes back by playbooks/undo.yml -e vm_id=%s" % vm_id
+                if any(held["vm_id"] == vm_id for held in ledger["aside"])
+                else "",
             ),
         )
     return None
@@ -380,6 +435,7 @@ class _Judge:
         self.facts = facts
         self.share = share
         self.policy = policy
+        self.kinds = kinds
         self.live = set(share["live"])
         self.alive = facts.get("alive") or {}
         # The list says nothing about what came after it was made, so its own age is not time that was watched.
@@ -388,13 +444,34 @@ class _Judge:
         self.pins = [("reap_keep", one) for one in policy["keep"]] + [
             ("the host's pin file", _lenient_pin(line)) for line in facts.get("pins") or []
         ]
+        self.kinds = kinds
         self.unreadable = {kind: _unreadable(facts, kind, kinds) for kind in kinds}
         self.strikes = {}
+
+    def to_judge(self):
+        """Return the resources of VMs that are not live, by kind and name. All else costs no more than this look.
+
+        What was set aside, and is to be seen where it lies now, is the ladder's.
+        """
+        aside = {(held["kind"], held["identity"]) for held in self.facts["ledger"]["aside"] if held["state"] == ASIDE}
+        return [
+            resource
+            for kind in sorted(self.kinds, key=lambda kind: self.kinds[kind]["order"])
+            for resource in sorted(
+                (one for one in _of_kind(self.facts, kind) if one["vm_id"] not in self.live),
+                key=lambda one: one["name"],
+            )
+            if not (aside and resource["details"].get(ASIDE) and (kind, resource["identity"]) in aside)
+        ]
+
+    def hold(self, kind, vm_id):
+        """Return how many seconds a thing waits between the step that can be taken back and the one that cannot."""
+        return hold_of(self.policy, kind, self.share, vm_id)
 
     def family(self, vm_id, members):
         """Return ``{verdict, evidence, strikes, reasons, resources}``; members are judged in ``resources``."""
         evidence = self._evidence(vm_id)
-        hold = self._held(vm_id, members)
+        hold = self._held(vm_id, self.weighed(members))
         if hold:
             return self._all(members, HELD, hold, evidence)
         running = self.running(vm_id, members)
@@ -416,24 +493,32 @@ class _Judge:
         """Give every member its strike; the family has as many as the member with the fewest."""
         # What is not proven is struck like what is absent, and never confirmed.
         grade = ABSENT if evidence == UNPROVEN else evidence
-        fewest = min([self._strike(member, self.policy["strikes"][grade]) for member in members])
+        strikes = {_key(member): self._strike(member, self.policy["strikes"][grade]) for member in members}
+        weighed = [_key(member) for member in self.weighed(members)]
+        fewest = min([strikes[key] for key in weighed])
         reasons = [self._why(vm_id, evidence)]
         verdict = CONFIRMED if fewest >= self.policy["strikes"][grade] else SUSPECTED
         if verdict == CONFIRMED and evidence == UNPROVEN:
             verdict = SUSPECTED
             why = "; ".join(self.share.get("unproven") or ["the live source does not prove that its list is complete"])
             reasons.append(_reason("unproven", why))
-        since = max(self.strikes[_key(member)]["first"] for member in members)
-        watched, hold = self.facts["boottime_seconds"] - since, self.policy["hold"][grade]
-        if verdict == CONFIRMED and watched < hold:
-            verdict = HELD
-            reasons.insert(0, _reason("hold", "watched for %d s, and reap_hold is %d" % (watched, hold)))
         family = self._all(members, verdict, reasons, evidence, strikes=fewest)
         for judged in family["resources"]:
             why = self.unreadable[judged["kind"]]
             if why:
                 judged.update(verdict=UNKNOWN, reasons=[_reason("unreadable", why)])
         return family
+
+    def weighed(self, members):
+        """Return the members that the family is judged by.
+
+        A zombie whose parent is to be stopped with the VM goes by itself then. What still runs there makes new ones
+        all the time, each of them young and without a strike, and would so keep the VM's things for ever.
+        """
+        if self.policy["zombies"] != WITH_FAMILY:
+            return members
+        stopping = [member for member in members if _stops(member, self.kinds)]
+        return [member for member in members if not _goes_with(member, stopping)]
 
     def _strike(self, member, enough):
         """Count this sweep for one member, if it is far enough from the last one; return its strikes."""
@@ -458,6 +543,10 @@ class _Judge:
         # An unknown age counts as young: until it has been watched for as long as the policy asks, it is one short.
         watched = now - strike["first"] >= self.min_age
         return strike["strikes"] if watched else min(strike["strikes"], enough - 1)
+
+    def may_end(self, vm_id):
+        """Tell whether what still runs of the VM may be ended on this evidence."""
+        return is_permitted(self.policy["running"], self._evidence(vm_id))
 
     def keep_unseen_strikes(self):
         """What a kind that could not be read has earned before stays earned: it was not seen live, nor gone."""
@@ -560,20 +649,77 @@ def _reason(code, text):
 # --- 4. what may go ----------------------------------------------------------------------------------------------
 
 
-def _tokens(families, kinds, judge):
-    """Return the tokens of the confirmed families and mark what is held by something that stays."""
+def _going(families, kinds, judge):
+    """Return ``{key: member}`` of the confirmed families and mark what is held by something that stays."""
     going = {}
     for family in families.values():
         for member in family["resources"]:
             if member["verdict"] != CONFIRMED:
                 continue
-            if member["kind"] == "zombie" and judge.policy["zombies"] == "report":
-                _hold(member, "zombie", "only its parent %s can reap it (reap_zombies is report)" % member["parent"])
+            if member["kind"] == "zombie" and judge.policy["zombies"] == REPORT:
+                why = "reap_zombies is report"
+                _hold_zombie(member, "only its parent %%s can reap it (%s)" % why, why)
+            elif member["kind"] == "thin_id" and judge.policy["unmapped_thin_ids"] != "true":
+                why = "unmapped thin id, reap_unmapped_thin_ids is %s" % judge.policy["unmapped_thin_ids"]
+                _hold(member, "unmapped_thin_id", why)
             else:
                 going[_key(member)] = member
     while _hold_back(going) or _hold_busy(going, kinds):
         pass
-    return [_token(member, kinds, judge.evidence_of(member)) for member in going.values()]
+    if judge.policy["zombies"] == WITH_FAMILY:
+        _hold_with_parent(going, kinds)
+    return going
+
+
+def _hold_with_parent(going, kinds):
+    """Take the zombies out of ``going`` whose parent is not stopped by this plan."""
+    stopping = collections.defaultdict(list)
+    for member in going.values():
+        if _stops(member, kinds):
+            stopping[member["vm_id"]].append(member)
+    for key, member in list(going.items()):
+        if member["kind"] == "zombie" and not _goes_with(member, stopping[member["vm_id"]]):
+            text = "its parent %s is not stopped by this plan (reap_zombies is with_family)"
+            _hold_zombie(going.pop(key), text, "it is not stopped by this plan, and reap_zombies is with_family")
+
+
+def _hold_zombie(member, text, note):
+    """Hold a zombie; ``holders`` then has its parent as the details have it, and a note why it is left alone."""
+    details = member["details"]
+    parts = [(word, details.get("parent_" + word)) for word in ("unit", "container")]
+    said = ", ".join("%s %s" % part for part in parts if part[1])
+    name = "%s%s" % (details.get("parent") or member["parent"], " (%s)" % said if said else "")
+    _hold(member, "zombie", text % name)
+    member["holders"] = [{"type": "process", "name": name, **dict(parts), "image": None, "note": note}]
+
+
+def _with_way(token, judge):
+    """Return the token of a zombie with the way in which it goes, where that is not by a reminder of its parent."""
+    policy, unit = judge.policy, token["details"].get("parent_unit")
+    if policy["zombies"] == WITH_FAMILY:
+        way = {"how": WITH_FAMILY}
+    elif policy["zombies"] == RESTART_UNIT and _is_named(unit, policy["zombies_restart_units"]):
+        # What of the VM runs in the unit may end with it where it might be stopped anyway.
+        way = {"how": RESTART_UNIT, "unit": unit, "may_end": judge.may_end(token["vm_id"])}
+    else:
+        return token
+    return dict(token, details=dict(token["details"], **way))
+
+
+def _is_named(unit, patterns):
+    return isinstance(unit, str) and any(fnmatch.fnmatchcase(unit, pattern) for pattern in patterns)
+
+
+def _goes_with(member, stopping):
+    """Tell whether it is a zombie whose parent runs in one of these things of the same VM, which are to be stopped."""
+    return member["kind"] == "zombie" and any(_has_inside(one, member["details"]) for one in stopping)
+
+
+def _has_inside(member, details):
+    if member["kind"] == "cgroup":
+        return details.get("parent_vm") == member["vm_id"]
+    container = member["details"].get("id")
+    return member["kind"] == "container" and container is not None and details.get("parent_container") == container
 
 
 def _hold_back(going):
@@ -609,7 +755,7 @@ def _stops(member, kinds):
     return member["in_use"] and kinds[member["kind"]]["stops"]
 
 
-def _token(member, kinds, evidence):
+def _token(member, evidence, step, stop):
     return {
         "kind": member["kind"],
         "name": member["name"],
@@ -617,7 +763,8 @@ def _token(member, kinds, evidence):
         "identity": member["identity"],
         "parent": member["parent"],
         "evidence": evidence,
-        "stop": _stops(member, kinds),
+        "step": step,
+        "stop": stop,
         "details": member["details"],
     }
 
@@ -637,46 +784,237 @@ def _in_order(tokens, kinds):
     return sorted(tokens, key=lambda token: (kinds[token["kind"]]["order"], -depth(token), token["name"]))
 
 
-def _intents(facts, judge, families, kinds):
-    """Return ``(tokens to finish, intents to keep)`` for the removals that were cut short.
+# --- 5. the ladder -----------------------------------------------------------------------------------------------
 
-    Only some kinds can be half removed in a way that no later look shows; those tokens are planned again as they were,
-    and the kind itself proves that the object is still the same. They wait as long as anything else of the VM would,
-    and while their name is that of another object.
+
+class _Ladder:
+    """Tells what is done now of what may go, and what is remembered of the rest.
+
+    ``aside`` and ``intents`` are those of the new ledger, ``begins`` the VMs of which something is taken for the first
+    time.
     """
-    finish, keep = [], []
-    intents = facts["ledger"]["intents"]
-    present = {_key(one): one["identity"] for kind in kinds if intents for one in _of_kind(facts, kind)}
-    for token in intents:
-        kind = kinds.get(token["kind"])
-        if not kind or not kind.get("resumes") or present.get(_key(token)) == token["identity"]:
-            continue  # what is still to be seen needs no memory
-        vm_id, entry = token["vm_id"], facts["kinds"].get(token["kind"])
-        if (
-            _key(token) in present
+
+    def __init__(self, judge, families):
+        self.judge, self.families, self.kinds = judge, families, judge.kinds
+        self.now, self.boot_id = judge.facts["boottime_seconds"], judge.facts["boot_id"]
+        ledger = judge.facts["ledger"]
+        self.present = {
+            _key(one): one["identity"]
+            for kind in self.kinds
+            if ledger["intents"] or ledger["aside"]
+            for one in _of_kind(judge.facts, kind)
+            if not one["details"].get(ASIDE)
+        }
+        self.in_place, self.moved, self.unfinished = {}, [], []
+        self.aside, self.intents, self.begins, self.notices = [], [], [], []
+        for held in ledger["aside"]:
+            self._place(held)
+        for token in ledger["intents"]:
+            self._begun(token)
+        self.pressed = self._under_pressure()
+
+    def climb(self, going):
+        """Return the tokens of what may go and has not been set aside yet; mark what waits where it is as held."""
+        steps = {key: self._step(key, member) for key, member in going.items()}
+        while self._wait_for_what_they_hold(going, steps):
+            pass
+        ends = {key for key, member in going.items() if _stops(member, self.kinds) and self._ends(member, steps[key])}
+        freed = {going[key]["vm_id"] for key in ends}
+        begins, tokens = set(), []
+        for key, member in going.items():
+            held = self.in_place.pop(key, None)
+            if member["in_use"] and not _stops(member, self.kinds) and member["vm_id"] not in freed:
+                _hold(member, "busy", "what runs in it is frozen, and ends when its reap_hold is over")
+                self.aside += [held] if held else []
+                continue
+            if not held:
+                begins.add(member["vm_id"])
+            if steps[key] == WAIT and key not in ends:
+                self.aside.append(held or self._waiting(member))
+                self._mark(member, self.aside[-1])
+            else:
+                # What runs may end now although the rest has to wait for what it holds.
+                step = ASIDE if steps[key] == WAIT else steps[key]
+                tokens.append(self._climbing(member, held, step, key in ends))
+        self.begins = sorted(begins)
+        # What was set aside or waited, and may not go at all this time. What lives has nothing to wait for.
+        self.aside += [
+            held
+            for held in self.in_place.values()
+            if held["state"] == ASIDE or held["vm_id"] not in self.judge.live
+        ]
+        return tokens
+
+    def finish(self):
+        """Return the tokens of what is out of sight: set aside long enough ago, or half removed by a killed reaper.
+
+        They wait as long as anything else of the VM would, and while their name is that of another object.
+        """
+        tokens, taken = [], set(self.present)
+        for held in self.moved:
+            if _key(held) in taken or not self._is_due(held) or self._speaks_against(held):
+                self.aside.append(held)
+            else:
+                tokens.append(dict(held, step=REMOVE, stop=False, resume=True, why=self._why(held)))
+                taken.add(_key(held))  # of two that had the same name, one at a time
+        for token in self.unfinished:
+            if _key(token) in taken or self._speaks_against(token):
+                self.intents.append(token)
+            else:
+                tokens.append(dict(token, stop=False, resume=True))
+                taken.add(_key(token))
+                self.begins = sorted({*self.begins, token["vm_id"]})
+        self._notice_the_living()
+        return tokens
+
+    def _place(self, held):
+        """Find out where something is that was set aside or waits; what is gone, or back, is forgotten."""
+        if held["boot_id"] != self.boot_id:
+            held = dict(held, since=0, boot_id=self.boot_id)  # the clock of this boot
+        traits, is_there = self.kinds.get(held["kind"]), self.present.get(_key(held)) == held["identity"]
+        can_be_seen = traits and self._status(held["kind"]) == "ok"
+        if is_there and (held["state"] != ASIDE or traits[ASIDE] == RUNNING):
+            self.in_place[_key(held)] = held
+        elif not is_there and held["state"] == ASIDE and not (can_be_seen and traits[ASIDE] == RUNNING):
+            self.moved.append(held)
+        elif not can_be_seen:
+            self.aside.append(held)
+
+    def _begun(self, token):
+        """Find out what a reaper that was killed left: only what cannot be seen in its place has to be remembered."""
+        traits = self.kinds.get(token["kind"])
+        is_there = self.present.get(_key(token)) == token["identity"]
+        if "since" in token:
+            self._place({key: value for key, value in token.items() if key not in OF_A_PLAN})
+        elif traits and token.get("step") == ASIDE and (traits[ASIDE] == RUNNING or not is_there):
+            self._place(dict(self._held(token), state=ASIDE))
+        elif traits and traits.get("resumes") and not is_there:
+            self.unfinished.append(token)
+
+    def _step(self, key, member):
+        held = self.in_place.get(key)
+        if held:
+            return REMOVE if self._is_due(held) else WAIT
+        if not self.judge.hold(member["kind"], member["vm_id"]):
+            return REMOVE
+        when = self.kinds[member["kind"]][ASIDE]
+        return ASIDE if when == ALWAYS or when == RUNNING and _stops(member, self.kinds) else WAIT
+
+    def _ends(self, member, step):
+        """Tell whether what runs in it is ended now, and not only frozen."""
+        return step == REMOVE or step == WAIT and not self.judge.hold(member["kind"], member["vm_id"])
+
+    def _wait_for_what_they_hold(self, going, steps):
+        """Let what holds something that waits wait too: a manager collects what nothing refers to any more."""
+        waiting = {
+            _key(holder)
+            for key, member in going.items()
+            if steps[key] == WAIT
+            for holder in member["holders"]
+            if "kind" in holder
+        }
+        early = [key for key in waiting if steps.get(key) == REMOVE]
+        steps.update(dict.fromkeys(early, WAIT))
+        return bool(early)
+
+    def _climbing(self, member, held, step, stop):
+        token = _token(member, self.judge.evidence_of(member), step, stop)
+        if member["kind"] == "zombie":
+            token = _with_way(token, self.judge)
+        if not held:
+            return dict(token, bytes=member["bytes"])
+        # What its kind noted when it was set aside is needed to bring it back, should this be put off.
+        return dict(held, **dict(token, details=held["details"]), why=self._why(held))
+
+    def _waiting(self, member):
+        token = _token(member, self.judge.evidence_of(member), None, False)
+        return dict(self._held(token), state="waiting", bytes=member["bytes"])
+
+    def _held(self, token):
+        kept = {key: value for key, value in token.items() if key not in OF_A_PLAN}
+        return dict(kept, since=self.now, boot_id=self.boot_id, sweep=token.get("sweep"))
+
+    def _mark(self, member, held):
+        hold = self.judge.hold(held["kind"], held["vm_id"])
+        waited = self.now - held["since"]
+        if waited >= hold:
+            _hold(member, "hold", "it goes with what it holds")
+        else:
+            did = "set aside" if held["state"] == ASIDE else "waiting where it is for"
+            _hold(member, "hold", "%s %d s%s, and reap_hold is %d" % (
+                did, waited, " ago" if held["state"] == ASIDE else "", hold
+            ))
+
+    def _is_due(self, held):
+        hold = self.judge.hold(held["kind"], held["vm_id"])
+        return self.now - held["since"] >= hold or _object(held) in self.pressed
+
+    def _why(self, held):
+        place = self.pressed.get(_object(held))
+        waited = "it has been aside for %d s" % (self.now - held["since"])
+        if place:
+            return "%s, and goes before its time because %s" % (waited, place)
+        return "%s, and reap_hold is %d" % (waited, self.judge.hold(held["kind"], held["vm_id"]))
+
+    def _speaks_against(self, token):
+        """Tell whether anything keeps what is out of sight from being removed."""
+        judge, vm_id = self.judge, token["vm_id"]
+        return bool(
+            token["kind"] not in self.kinds
             or vm_id in judge.live
-            or vm_id in families
-            and families[vm_id]["verdict"] != CONFIRMED
+            or vm_id in self.families
+            and self.families[vm_id]["verdict"] != CONFIRMED
             or judge.pin(vm_id)
             or judge.running(vm_id)
             or not judge.share["proven"]
             or judge.unreadable[token["kind"]]
-            or not entry
-            or entry["status"] != "ok"
-        ):
-            keep.append(token)
-        else:
-            finish.append(dict(token, stop=False, resume=True))
-            present[_key(token)] = None  # of two that had the same name, one at a time
-    return finish, keep
+            or self._status(token["kind"]) != "ok"
+        )
+
+    def _status(self, kind):
+        return self.judge.facts["kinds"].get(kind, {}).get("status")
+
+    def _under_pressure(self):
+        """Return ``{object: why}`` of what does not wait to the end: where it is full, the older half goes now."""
+        found, threshold = {}, self.judge.policy["pressure"]
+        for kind in sorted(self.kinds):
+            for place, percent in sorted(self.judge.facts["kinds"].get(kind, {}).get("places", {}).items()):
+                held = [
+                    one
+                    for one in [*self.moved, *self.in_place.values()]
+                    if one["kind"] == kind and one["details"].get("place") == place
+                ]
+                if percent < threshold or not held:
+                    continue
+                why = "%s is %d %% full (reap_pressure is %g)" % (place, percent, threshold)
+                held.sort(key=lambda one: (one["since"], one["name"]))
+                found.update({_object(one): why for one in held[: (len(held) + 1) // 2]})
+                self.notices.append("%s: of %d that are aside there, the older half does not wait" % (why, len(held)))
+        return found
+
+    def _notice_the_living(self):
+        living = sorted({held["vm_id"] for held in self.aside if held["vm_id"] in self.judge.live})
+        if living:
+            more = " and %d more VMs" % (len(living) - 3) if len(living) > 3 else ""
+            self.notices.append(
+                "something of %s%s is aside, and lives here now: bring it back with playbooks/undo.yml -e vm_id=%s"
+                % (", ".join(living[:3]), more, living[0])
+            )
 
 
-# --- 5. caps, counts, and the plan itself ------------------------------------------------------------------------
+def _object(held):
+    return _key(held), held["identity"]
 
 
-def _over_cap(everybody, tokens, policy):
-    """Refuse a plan that takes more VMs than the caps allow; percentages say nothing about a handful of VMs."""
-    doomed = len(_vm_ids(tokens))
+# --- 6. caps, counts, and the plan itself ------------------------------------------------------------------------
+
+
+def _over_cap(everybody, begins, policy):
+    """Refuse a plan that takes more VMs than the caps allow; percentages say nothing about a handful of VMs.
+
+    What was set aside has been counted then.
+    """
+    doomed = len(begins)
     if doomed > policy["max_per_host"]:
         return _refusal(
             "host_cap",
@@ -714,23 +1052,33 @@ def _vm_ids(tokens):
     return {token["vm_id"] for token in tokens}
 
 
-def _counts(facts, families, tokens, otherwise):
-    """Return ``{kind: {foreign, status, reap, <verdict>: n}}``; what belongs to no family counts as ``otherwise``."""
+def _counts(facts, families, tokens, aside, otherwise):
+    """Return ``{kind: {foreign, status, reap, aside, <verdict>: n}}``; what belongs to no family counts as
+    ``otherwise``, what waits for the end of its hold as aside and as nothing else.
+    """
     counts = {}
     for kind, entry in facts["kinds"].items():
         counts[kind] = dict.fromkeys(VERDICTS, 0)
-        counts[kind].update(foreign=entry.get("foreign", 0), status=entry["status"], reap=0)
-        counts[kind][otherwise] = len(entry["resources"])
+        counts[kind].update(foreign=entry.get("foreign", 0), status=entry["status"], reap=0, aside=0)
+        counts[kind][otherwise] = sum(1 for one in entry["resources"] if not one["details"].get(ASIDE))
     for family in families.values():
         for member in family["resources"]:
-            counts[member["kind"]][otherwise] -= 1
-            counts[member["kind"]][member["verdict"]] += 1
+            counts[member["kind"]][otherwise] -= not member["details"].get(ASIDE)
+            counts[member["kind"]][member["verdict"]] += not _waits(member)
     for token in tokens:
-        counts[token["kind"]]["reap"] += 1
+        counts.setdefault(token["kind"], collections.Counter())["reap"] += 1
+    for held in aside:
+        counts.setdefault(held["kind"], collections.Counter())["aside"] += 1
     return counts
 
 
-def _plan(facts, share, policy, *, counts, refused=None, families=None, living=0, tokens=(), ledger=None):
+def _waits(member):
+    return any(reason["code"] == "hold" for reason in member["reasons"])
+
+
+def _plan(
+    facts, share, policy, *, counts, refused=None, families=None, living=0, tokens=(), begins=(), ledger=None, said=()
+):
     families = families or {}
     before = facts["ledger"]
     ledger = ledger or {key: before[key] for key in LEDGER_KEYS}
@@ -749,11 +1097,12 @@ def _plan(facts, share, policy, *, counts, refused=None, families=None, living=0
             LIVE: living,
         },
         "reap": list(tokens),
+        "begins": list(begins),
         "ledger": ledger,
         "ledger_changed": any(ledger[key] != before[key] for key in ledger),
         "generation": before["generation"],
         "counts": {kind: counts[kind] for kind in sorted(counts)},
-        "notices": _notices(facts),
+        "notices": _notices(facts) + list(said),
     }
 
 

@@ -95,4 +95,4 @@ def _of_host(one, refused):
     ids = {resource["vm_id"] for entry in facts["kinds"].values() for resource in entry["resources"]}
     ids.update(facts.get("alive", ()))
     # A removal that was cut short may have left what no look shows.
-    return sorted(ids.union(token["vm_id"] for token in facts["ledger"]["intents"]))
+    return sorted(ids.union(token["vm_id"] for key in ("intents", "aside") for token in facts["ledger"][key]))

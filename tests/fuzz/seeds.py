@@ -5,15 +5,26 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
+import struct
 import sys
+import tarfile
 import zlib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT / "collections"), str(ROOT / "tests")]
 
-from ansible_collections.microvm.reaper.plugins.module_utils import containerd, grpc, hpack, ledger, protobuf  # noqa: E402
+from ansible_collections.microvm.reaper.plugins.module_utils import (  # noqa: E402  # noqa: E402
+    bolt,
+    containerd,
+    grpc,
+    hpack,
+    ledger,
+    protobuf,
+    units,
+)
 from ansible_collections.microvm.reaper.plugins.module_utils import resource as r  # noqa: E402
 from ansible_collections.microvm.reaper.plugins.plugin_utils import inputs, manifest, planner, planning  # noqa: E402
 from fuzz.target import CORPUS  # noqa: E402
@@ -55,6 +66,25 @@ def _device_mapper():
     device = '  <device dev_id="%d" mapped_blocks="1" transaction="1" creation_time="0" snap_time="0">\n  </device>\n'
     yield "thin_dump", "seed-small", dump + device % 1 + device % 2 + "</superblock>\n"
     yield "thin_notes", "seed", '{"hyper-thinpool": "23"}'
+    yield "snapshotter_records", "seed", '{"device_id": 1, "size": 10737418240, "name": "pool-snap-1", "state": 4}'
+    yield "snapshotter_records", "seed-states", b"\x01" + b"4,5,6,16777215"
+    yield "bolt_database", "seed", _bolt_pages()
+
+
+def _bolt_pages():
+    """Return a page with a bucket in it, which has a value, and one that has a page of its own."""
+
+    def leaf(elements):
+        head, body = struct.pack("<QHHI", 1, bolt.LEAF, len(elements), 0), b""
+        for number, (flags, key, value) in enumerate(elements):
+            head += struct.pack("<IIII", flags, 16 * (len(elements) - number) + len(body), len(key), len(value))
+            body += key + value
+        return head + body
+
+    record = b'{"device_id": 1, "size": 4096}'
+    inline = struct.pack("<QQ", 0, 0) + leaf([(0, b"1", b"\x01"), (0, b"2", b"\x00")])
+    first = leaf([(1, b"device_ids", inline), (1, b"devices", struct.pack("<QQ", 2, 0))])
+    return first.ljust(4096, b"\0") + leaf([(0, b"pool-snap-1", record)])
 
 
 def _containerd():
@@ -80,6 +110,10 @@ def _containerd():
             yield "containerd_kinds", "seed-%s-%s" % (version, label), b"\n====\n".join(
                 b"\n----\n".join(small[name]) for name in names
             )
+    spec = {"root": {"path": "rootfs"}, "mounts": [{"source": "/snapshots/7/fs", "options": ["lowerdir=/a:/b", "rw"]}]}
+    yield "container_spec", "seed", json.dumps(spec)
+    for number, time in enumerate(("2026-11-22T03:00:00Z", "2026-11-22T03:00:00.123456789+01:00")):
+        yield "lease_time", "seed-%d" % number, time
     head = grpc._frame(grpc.SETTINGS, 0, 0, b"")
     begin = hpack.encode([(":status", "200"), ("content-type", "application/grpc")])
     message = protobuf.encode({1: ("id", protobuf.TEXT)}, {"id": "vm-1"})
@@ -132,6 +166,10 @@ def _proc():
     for name in ("mountinfo", "mount_points"):
         yield name, "seed-real", "\n".join(table[:20])
         yield name, "seed-overlay", ("upperdir=/var/x/1/fs\n" if name == "mount_points" else "") + overlay + "\n"
+    yield "cgroup", "seed-containers", "0::/kubepods/pod1/cri-containerd-%s.scope\n1:cpu:/k8s.io/c1\n" % ("5f" * 32)
+    shown = dict.fromkeys(units._PROPERTIES, "")
+    shown.update(Id="x.service", LoadState="loaded", ControlGroup="/system.slice/x.service", MainPID="7")
+    yield "unit_properties", "seed", "".join("%s=%s\n" % pair for pair in shown.items())
     yield "printable", "seed", "a\u202eb\x1b[2J\n\u00e9\u2603 /"
 
 
@@ -164,6 +202,15 @@ def _state():
         dict(stamp, what="latched", message="v4 lives"),
     ]
     yield "journal_file", "seed", "".join(json.dumps(one, sort_keys=True) + "\n" for one in entries)
+    yield "journal_chain", "seed", "".join(json.dumps(one, sort_keys=True) + "\n" for one in entries)
+    yield "journal_chain", "seed-torn", json.dumps(entries[2]) + "\n" + json.dumps(entries[0])[:40]
+    bundle = io.BytesIO()
+    with tarfile.open(fileobj=bundle, mode="w", format=tarfile.GNU_FORMAT) as archive:
+        for name, text in (("metadata.json", b'{"vm_id": "v1"}\n'), ("01-jail.txt", b"/srv/x\ntext\n")):
+            member = tarfile.TarInfo(name)
+            member.size = len(text)
+            archive.addfile(member, io.BytesIO(text))
+    yield "evidence_bundle", "seed", bundle.getvalue()[:2560]
     for one in entries:
         yield "journal_entry", "seed-" + one["what"], json.dumps(one)
 

@@ -160,6 +160,8 @@ class Fleet:
             # A scenario is over in a minute; in it a VM that is a second old is no VM that boots.
             "reap_strike_interval": 1,
             "reap_min_age": 1,
+            # Nothing waits for its end where a scenario is not about that.
+            "reap_hold": 0,
             # Half of the VMs in a scenario are dead.
             "reap_max_percent": 60,
         }

@@ -320,6 +320,8 @@ class Hands:
     def __init__(self, host, batch, weather, world):
         self.host, self.batch, self.weather, self.world = host, batch, weather, world
         self.kinds = dict.fromkeys(TRAITS)
+        # Of acts.Hands.host only this is asked.
+        self.host.boot_id = "boot-%d" % host.boot
         self.acts, self.gone = 0, set()
 
     def prepare(self, tokens):

@@ -112,12 +112,11 @@ def terms(seed, gaps=()):
         "max_percent_per_host": chance.choice((60, 100)),
         "percent_floor": 2,
     }
-    by_grade, hold = chance.random(), chance.choice((90, 300, {"absent": 300}, {"tombstoned": 120, "absent": 30}))
-    if "hold" in planner.DEFAULT_POLICY:
-        if by_grade < 0.3:
-            policy["hold"] = hold
-        if by_grade > 0.8:
-            policy["strikes"] = {"tombstoned": 2, "absent": 3}
+    by_grade = chance.random()
+    chance.choice((1, 2, 3, 4))
+    policy["hold"] = 0
+    if by_grade > 0.8:
+        policy["strikes"] = {"tombstoned": 2, "absent": 3}
     waves = chance.random() < 0.2
     return Terms(
         seed=seed,

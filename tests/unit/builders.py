@@ -11,12 +11,25 @@ from ansible_collections.microvm.reaper.plugins.plugin_utils import manifest, pl
 REALM, HOST, MACHINE, BOOT = "prod", "h1", "m1", "boot-1"
 # The traits of the real kinds (test_planner.py compares them), as data: no test of a decision needs the kinds.
 TRAITS = {
-    "container": {"order": 0, "stops": True, "depends_on": [], "resumes": False},
-    "snapshot": {"order": 1, "stops": False, "depends_on": ["container"], "resumes": False},
-    "jail": {"order": 2, "stops": False, "depends_on": ["cgroup"], "resumes": False},
-    "dm_thin": {"order": 3, "stops": False, "depends_on": ["cgroup", "container", "snapshot"], "resumes": True},
-    "cgroup": {"order": 4, "stops": True, "depends_on": [], "resumes": False},
-    "zombie": {"order": 5, "stops": False, "depends_on": [], "resumes": False},
+    "container": {"order": 0, "stops": True, "depends_on": [], "resumes": False, "aside": "running"},
+    "snapshot": {"order": 1, "stops": False, "depends_on": ["container"], "resumes": False, "aside": None},
+    "jail": {"order": 2, "stops": False, "depends_on": ["cgroup"], "resumes": False, "aside": "always"},
+    "dm_thin": {
+        "order": 3,
+        "stops": False,
+        "depends_on": ["cgroup", "container", "snapshot"],
+        "resumes": True,
+        "aside": "always",
+    },
+    "thin_id": {
+        "order": 4,
+        "stops": False,
+        "depends_on": ["container", "snapshot", "dm_thin"],
+        "resumes": False,
+        "aside": None,
+    },
+    "cgroup": {"order": 5, "stops": True, "depends_on": [], "resumes": False, "aside": "running"},
+    "zombie": {"order": 6, "stops": False, "depends_on": [], "resumes": False, "aside": None},
 }
 
 
@@ -40,7 +53,7 @@ def vms_of(entries):
 
 def policy(**changes):
     """Return a policy that plans at once where it may."""
-    return dict({"realm": REALM, "host": HOST, "max_percent_per_host": 100}, **changes)
+    return dict({"realm": REALM, "host": HOST, "max_percent_per_host": 100, "hold": 0}, **changes)
 
 
 def share(live=(), **changes):

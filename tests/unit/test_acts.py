@@ -85,8 +85,9 @@ def hands(*kinds, seconds=20.0):
 def plan(tokens, state, **changes):
     before = ledgers.load(state, REALM)[0]
     strikes = {"%(kind)s %(name)s" % token: STRIKE for token in tokens}
-    ledger = {"host": "h1", "machine_id": "m", "manifest": before["manifest"], "strikes": strikes, "intents": []}
-    return {"realm": REALM, "reap": tokens, "ledger": dict(ledger, **changes), "generation": before["generation"]}
+    ledger = {"host": "h1", "machine_id": "m", "manifest": before["manifest"], "strikes": strikes}
+    ledger.update({"intents": [], "aside": []}, **changes)
+    return {"realm": REALM, "reap": tokens, "ledger": ledger, "generation": before["generation"]}
 
 
 def apply(tokens, state, *kinds, **changes):
@@ -320,7 +321,8 @@ def test_what_is_spared_stays_and_is_told():
         {"kind": "jail", "name": "b", "vm_id": "v2"},
         {"kind": "dm_thin", "name": "c", "vm_id": "v2", "resume": True},
     ]
-    whole = {"reap": tokens, "ledger": {"intents": [{"kind": "dm_thin", "name": "z", "vm_id": "v3"}], "strikes": {}}}
+    intents = [{"kind": "dm_thin", "name": "z", "vm_id": "v3"}]
+    whole = {"reap": tokens, "ledger": {"intents": intents, "aside": [], "strikes": {}}}
     plan, outcomes = acts.spared(whole, {"v2": "it lives"})
     assert plan["reap"] == tokens[:1]
     assert [(one["name"], one["outcome"], one["message"]) for one in outcomes] == [

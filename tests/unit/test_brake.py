@@ -16,6 +16,7 @@ DEFAULTS = pathlib.Path(__file__).resolve().parents[2] / "roles/reap/defaults/ma
 def plan(code=None, machine_id=None, dying=0, live=100):
     return {
         "reap": [{"vm_id": "v%d" % number} for number in range(dying) for _kind in ("cgroup", "jail")],
+        "begins": ["v%d" % number for number in range(dying)],
         "manifest": {"count": live},
         "refused": {"code": code, "message": "because of %s" % code} if code else None,
         "ledger": {"machine_id": machine_id},

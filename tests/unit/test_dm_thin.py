@@ -94,6 +94,7 @@ def test_collects_the_volumes_that_a_rule_names(capture):
             "thin_id": 1,
             "device": "254:3",
             "size_sectors": 65536,
+            "place": "hyper-thinpool",
         },
     }
 
@@ -138,19 +139,19 @@ def test_a_name_can_neither_forge_a_line_nor_a_field():
 
 
 @pytest.mark.parametrize(
-    ("state", "trouble", "held", "used"),
+    ("state", "trouble", "held", "used", "full"),
     [
-        ("rw", None, None, 0),
-        ("held", "its metadata snapshot is held by somebody else (block 23)", "23", 0),
-        ("full", None, None, 8 << 20),
-        ("full, after a delete", None, None, 4 << 20),
-        ("read-only", "read-only", None, 0),
-        ("fail", "Fail", None, None),
+        ("rw", None, None, 0, 10.3),
+        ("held", "its metadata snapshot is held by somebody else (block 23)", "23", 0, 10.3),
+        ("full", None, None, 8 << 20, 100.0),
+        ("full, after a delete", None, None, 4 << 20, 50.0),
+        ("read-only", "read-only", None, 0, 10.3),
+        ("fail", "Fail", None, None, None),
     ],
 )
-def test_health_of_a_pool(state, trouble, held, used):
+def test_health_of_a_pool(state, trouble, held, used, full):
     line = dm.parse_lines("p: " + STATES[state], "thin-pool")["p"]
-    assert thin_pool.parse_health(line.sectors, line.words) == (trouble, held, used)
+    assert thin_pool.parse_health(line.sectors, line.words) == (trouble, held, used, full)
     assert thin_pool.parse_health(line.sectors, line.words, ours="23").trouble == (None if held else trouble)
 
 
@@ -195,7 +196,7 @@ def test_no_devices_at_all_is_empty(capture):
     changed = json.loads(json.dumps(capture))
     for answer in changed["collect"]:
         answer["out"] = "No devices found\n"
-    assert collect(changed) == {"resources": [], "foreign": 0}
+    assert collect(changed) == {"resources": [], "foreign": 0, "places": {}}
 
 
 def test_a_kernel_without_device_mapper_is_not_asked(capture, tmp_path):
@@ -252,7 +253,8 @@ def test_a_metadata_snapshot_is_released_when_the_dump_hangs(capture, tmp_path, 
 def test_no_record_without_a_place_for_the_note(capture, monkeypatch):
     monkeypatch.setattr(thin_pool, "find_command", lambda name: name)
     tokens = [dict(one, stop=False) for one in collect(capture)["resources"]]
-    assert dm_thin.prepare(tokens, RULES, Replay(capture["boot_id"], [])) == {}
+    prepared = dm_thin.prepare(tokens, RULES, Replay(capture["boot_id"], []))
+    assert prepared and not any("record" in one for one in prepared.values())
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,7 @@ def test_jails_are_found_by_base_exec_and_name(base, rules, host):
     assert [one["name"] for one in found["resources"]] == [str(path)]
     assert found["foreign"] == 1
     one = found["resources"][0]
-    assert (one["vm_id"], one["in_use"], one["bytes"], one["details"]) == ("vabc", False, None, {"mounts": 0})
+    assert (one["vm_id"], one["in_use"], one["bytes"], one["details"]["mounts"]) == ("vabc", False, None, 0)
     assert 0 <= one["age_seconds"] < 60
 
 
@@ -384,7 +384,9 @@ def test_a_process_in_a_jail_protects_it(base, rules, host, started, enter):
     for act in (jail.inspect, jail.remove):
         outcome = act(one, rules, host)
         assert outcome["outcome"] == r.DEFERRED
-        assert [holder["name"].split()[0] for holder in outcome["holders"]] == [str(pid)]
+        (holder,) = outcome["holders"]
+        assert (holder["pid"], "cwd" in holder["by"] or "root" in holder["by"]) == (pid, True)
+        assert (holder["mount_namespace"] is not None) == (enter in (pivot, new_namespace_only))
     assert (path / "root" / "firecracker").exists()
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
@@ -402,7 +404,10 @@ def test_a_process_whose_executable_is_in_a_jail_protects_it(base, rules, host, 
         program.unlink()
     assert collected(rules, host)[str(path)]["in_use"]
     outcome = removed(path, rules, host)
-    assert (outcome["outcome"], outcome["holders"]) == (r.DEFERRED, [r.holder("process", "%d vmm" % process.pid)])
+    (holder,) = outcome["holders"]
+    assert (outcome["outcome"], holder["type"], holder["pid"]) == (r.DEFERRED, "process", process.pid)
+    assert holder["name"].startswith("%d vmm (" % process.pid) and holder["name"].endswith("exe)")
+    assert (holder["by"], holder["fd"]) == (["exe"], None)
 
 
 def test_processes_that_cannot_be_seen_make_the_kind_unreadable(base, rules):
@@ -459,7 +464,7 @@ def test_row_28_nothing_outside_of_a_jail_changes(base, rules, host, sentinel, n
         mount(sentinel, root / "bind", None, MS_BIND)
         mount(sentinel / "inner", root / "bind2" / "deep", None, MS_BIND)
         mount(sentinel / "file", root / "bound file", None, MS_BIND)
-        assert collected(rules, host)[str(path)]["details"] == {"mounts": 3}
+        assert collected(rules, host)[str(path)]["details"]["mounts"] == 3
         outcome = removed(path, rules, host)
     assert (outcome["outcome"], outcome["message"]) == (r.REAPED, "")
     assert not path.exists()
@@ -500,7 +505,7 @@ def test_nested_and_stacked_mounts_are_unmounted_deepest_first(base, rules, host
     mount("none", path / "root" / "a", "tmpfs")
     (path / "root" / "a" / "b").mkdir()
     mount(sentinel, path / "root" / "a" / "b", None, MS_BIND)
-    assert collected(rules, host)[str(path)]["details"] == {"mounts": 4}
+    assert collected(rules, host)[str(path)]["details"]["mounts"] == 4
     assert result(removed(path, rules, host)) == r.REAPED
     assert mounts.below(mounts.read(), str(path)) == []
 

@@ -49,6 +49,15 @@ def write(state, data):
         stream.write(data)
 
 
+def write_outcomes(journal, some):
+    """Write outcomes as a sweep does; return what could not be written."""
+    problems = []
+    with journal.writing(problems.append):
+        for one in some:
+            journal.outcome(one)
+    return problems
+
+
 # --- the file ----------------------------------------------------------------------------------------------------
 
 
@@ -56,7 +65,7 @@ def test_what_was_intended_and_what_came_of_it(state):
     plan = sweep_twice(thing("cgroup", "v1"), thing("jail", "v1"), thing("jail", "v2"))
     journal = journals.Journal(state, REALM, "s1")
     journal.intents(plan, plan["reap"])
-    journal.outcomes([dict(one, bytes=7, message="m") for one in outcomes(plan["reap"])])
+    write_outcomes(journal, [dict(one, bytes=7, message="m") for one in outcomes(plan["reap"])])
     found = journals.about(state, REALM, {"vm_id": "v1"})
     assert not found["truncated"]
     assert [(entry["what"], entry["kind"]) for entry in found["entries"]] == [
@@ -64,12 +73,14 @@ def test_what_was_intended_and_what_came_of_it(state):
     ]
     intent, outcome = found["entries"][1], found["entries"][3]
     for entry in (intent, outcome):
+        assert re.fullmatch("[0-9a-f]{64}", entry.pop("previous"))
         assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ", entry.pop("time"))
         assert 0 <= boottime() - entry.pop("boottime") < 60
         assert len(entry.pop("boot_id")) == 36
     thing_itself = {"sweep": "s1", "kind": "cgroup", "name": "v1.cgroup", "vm_id": "v1"}
     assert intent == dict(
-        thing_itself, what="intent", identity="id of v1.cgroup", evidence="absent", strikes=2, source="test",
+        thing_itself, what="intent", identity="id of v1.cgroup", step="remove", evidence="absent", strikes=2,
+        source="test",
         reasons=["the live source does not list the VM"],
     )
     assert outcome == dict(thing_itself, what="outcome", outcome="reaped", bytes=7, message="m", reasons=[])
@@ -79,7 +90,7 @@ def test_what_was_intended_and_what_came_of_it(state):
 
 
 def test_only_the_owner_reads_it_and_nothing_is_there_until_there_is_something_to_say(state):
-    assert journals.about(state, REALM, {}) == {"entries": [], "truncated": False}
+    assert journals.about(state, REALM, {}) == {"entries": [], "truncated": False, "broken": None}
     journals.Journal(state, REALM).intents({}, [])
     assert not os.path.exists(state)
     note(state, "a")
@@ -95,8 +106,8 @@ def test_all_of_a_step_is_one_write_and_on_the_disk_before_it_returns(state, mon
     plan = sweep_twice(thing("cgroup", "v1"), thing("jail", "v2"))
     journals.Journal(state, REALM).intents(plan, plan["reap"])
     assert calls == ["write", "fsync", "fsync"]  # the second one is the directory's: the file is new
-    journals.Journal(state, REALM).outcomes(outcomes(plan["reap"]))
-    assert calls[3:] == ["write", "fsync"]
+    write_outcomes(journals.Journal(state, REALM), outcomes(plan["reap"]))
+    assert calls[3:] == ["write", "write", "fsync"]
 
 
 @pytest.mark.parametrize("torn", [b'{"what": "latched", "ti', b"\xff\x00", b"{", b'"'])
@@ -163,7 +174,7 @@ HOSTILE = ["a\nb", "\x1b[2J", "\ud800", "\u202e", "{{ x }}", '"}\n{"what": "latc
 @pytest.mark.parametrize("text", HOSTILE)
 def test_texts_are_data_and_the_file_is_ascii(state, text):
     one = dict(r.outcome({"kind": "jail", "name": text, "vm_id": "v1"}, r.FAILED, text))
-    journals.Journal(state, REALM).outcomes([one])
+    write_outcomes(journals.Journal(state, REALM), [one])
     assert content(state).isascii() and content(state).count(b"\n") == 1
     (entry,) = journals.about(state, REALM, {"vm_id": "v1"})["entries"]
     assert entry["message"] == entry["name"] == text.replace("\ud800", "?")
@@ -208,7 +219,7 @@ def test_what_a_later_version_writes_besides_is_left_out(state):
     with open(journals.path_of(state, REALM), "w") as stream:
         stream.write(json.dumps(entry) + "\n")
     (found,) = journals.about(state, REALM, {})["entries"]
-    assert set(found) == {"what", "time", "boot_id", "sweep", "message", "reasons"}
+    assert set(found) == {"what", "time", "boot_id", "sweep", "previous", "message", "reasons"}
 
 
 @settings(max_examples=60, deadline=None)
@@ -279,9 +290,9 @@ def test_row_32_a_full_disk_takes_all_of_a_step_or_nothing(state):
     try:
         note(state, "a")
         before = content(state)
-        many = outcomes([{"kind": "jail", "name": "n%d" % number, "vm_id": "v1"} for number in range(1000)])
+        many = [{"kind": "jail", "name": "n%d" % number, "vm_id": "v1", "identity": "i"} for number in range(1000)]
         with pytest.raises(journals.JournalError, match="cannot write the journal .*No space left on device"):
-            journals.Journal(state, REALM).outcomes(many)
+            journals.Journal(state, REALM).intents({}, many)
         assert content(state) == before
     finally:
         subprocess.run(["umount", state], check=True)
@@ -355,7 +366,8 @@ def test_row_32_what_was_done_is_told_when_the_journal_cannot_be_written_any_mor
     def broken(*_arguments):
         raise journals.JournalError("cannot write the journal: No space left on device")
 
-    monkeypatch.setattr(journals.Journal, "outcomes", broken)
+    monkeypatch.setattr(journals._File, "add", lambda file, entries, add=journals._File.add: (
+        broken() if entries[0]["what"] == "outcome" else add(file, entries)))
     told = []
     assert [one["outcome"] for one in reaper.apply(thing("cgroup", "v1"), tell=told.append)] == ["reaped"]
     assert len(told) == 1 and "could not be written down" in told[0] and "No space left" in told[0]

@@ -31,7 +31,7 @@ def after_reaping(*things, host_share=None, outcome=r.REAPED):
     result = sweep_twice(*things, host_share=host_share)
     assert result["reap"]
     ledger = remembered(result)
-    return acts.settled(ledger, result["reap"], outcomes(result["reap"], outcome))
+    return acts.settled(ledger, result["reap"], outcomes(result["reap"], outcome), {})
 
 
 # --- the latch ---------------------------------------------------------------------------------------------------
@@ -80,14 +80,14 @@ def test_the_latest_are_remembered(monkeypatch):
     monkeypatch.setattr(ledgers, "MAX_REAPED", 2)
     tokens = [{"kind": "cgroup", "name": "c", "vm_id": "new"}]
     ledger = dict(ledgers.empty(REALM), reaped={"old": 1, "older": 0})
-    settled = acts.settled(ledger, tokens, outcomes(tokens))
+    settled = acts.settled(ledger, tokens, outcomes(tokens), {})
     assert set(settled["reaped"]) == {"new", "old"}
 
 
 def test_a_host_remembers_ten_thousand():
     tokens = [{"kind": "cgroup", "name": "c", "vm_id": "new"}]
     ledger = dict(ledgers.empty(REALM), reaped={"v%d" % number: number for number in range(10000)})
-    reaped = acts.settled(ledger, tokens, outcomes(tokens))["reaped"]
+    reaped = acts.settled(ledger, tokens, outcomes(tokens), {})["reaped"]
     assert len(reaped) == 10000
     assert set(ledger["reaped"]) - set(reaped) == {"v0"}
 

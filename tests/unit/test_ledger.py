@@ -49,6 +49,7 @@ ON_DISK = {
     "manifest": {"epochs": {}, "count": None, "counts": {}},
     "strikes": {"cgroup a": STRIKE},
     "intents": [INTENT],
+    "aside": [],
     "reaped": {},
     "latch": None,
 }
@@ -60,8 +61,9 @@ def test_what_lies_on_the_disk(state):
         assert stream.read() == json.dumps(ON_DISK, sort_keys=True)
 
 
-def test_a_ledger_that_is_older_than_the_latch(state):
-    old = {key: value for key, value in ON_DISK.items() if key not in ("host", "machine_id", "reaped", "latch")}
+def test_a_ledger_that_is_older_than_the_ladder_and_the_latch(state):
+    new = ("host", "machine_id", "aside", "reaped", "latch")
+    old = {key: value for key, value in ON_DISK.items() if key not in new}
     write(state, json.dumps(old).encode())
     assert ledgers.load(state, REALM) == (ON_DISK, None)
 

@@ -63,8 +63,10 @@ def test_a_token_says_all_that_the_act_has_to_compare():
             "identity": "id of v1.cgroup",
             "parent": "p",
             "evidence": "absent",
+            "step": "remove",
             "stop": True,
             "details": {"a": 1},
+            "bytes": None,
         }
     ]
 
@@ -443,37 +445,6 @@ def test_strikes_may_depend_on_the_evidence():
     assert decided == [[], ["v1.cgroup"], ["v1.cgroup"], ["v1.cgroup", "v2.cgroup"]]
 
 
-def test_what_is_confirmed_is_watched_for_as_long_as_the_policy_says():
-    things, ledger, decided = [thing("cgroup", "v1"), thing("jail", "v1")], ledgers.empty(REALM), []
-    for now in (1000.0, 1100.0, 1199.0, 1200.0):
-        result = plan(facts(*things, now=now, ledger=ledger), hold=200)
-        decided.append((result["families"]["v1"]["verdict"], len(names(result))))
-        ledger = remembered(result, ledger)
-    assert decided == [("suspected", 0), ("held", 0), ("held", 0), ("confirmed", 2)]
-
-
-def test_a_family_is_held_as_long_as_its_youngest_strike():
-    first = plan(facts(thing("cgroup", "v1")), hold=200)
-    both = [thing("cgroup", "v1"), thing("jail", "v1")]
-    second = plan(facts(*both, now=1150.0, ledger=remembered(first)), hold=200)
-    third = plan(facts(*both, now=1300.0, ledger=remembered(second, remembered(first))), hold=200)
-    assert (reasons(third, "v1"), names(third)) == ({"absent", "hold"}, [])
-    assert third["families"]["v1"]["reasons"][0]["text"] == "watched for 150 s, and reap_hold is 200"
-    fourth = plan(facts(*both, now=1350.0, ledger=remembered(third, remembered(second))), hold=200)
-    assert len(names(fourth)) == 2
-
-
-def test_the_hold_may_depend_on_the_evidence_and_begins_anew_after_a_reboot():
-    host_share = share(tombstones={"v1": 9000.0})
-    things = [thing("jail", "v1"), thing("jail", "v2")]
-    assert names(sweep_twice(*things, host_share=host_share, hold={"absent": 3600})) == ["v1.jail"]
-    first = plan(facts(*things), host_share, hold=600)
-    booted = plan(facts(*things, now=599.0, boot="boot-2", ledger=remembered(first)), host_share, hold=600)
-    assert (names(booted), verdicts(booted)) == ([], {"v1.jail": "held", "v2.jail": "held"})
-    later = facts(*things, now=600.0, boot="boot-2", ledger=remembered(booted, remembered(first)))
-    assert len(names(plan(later, host_share, hold=600))) == 2
-
-
 def test_row_03_one_of_several_sources_that_falls_silent_is_noticed():
     remembered_counts = {"a": 40, "b": 40, "c": 3}
     ledger = struck(thing("cgroup", "v1"), manifest={"epochs": {}, "count": 83, "counts": remembered_counts})
@@ -494,6 +465,101 @@ def test_row_18_zombies_by_policy():
     assert names(sweep_twice(zombie)) == ["v1.zombie"]
     result = sweep_twice(zombie, zombies="report")
     assert (names(result), reasons(result, "v1")) == ([], {"absent", "zombie"})
+    (left,) = result["families"]["v1"]["resources"]
+    note = {"unit": None, "container": None, "image": None, "note": "reap_zombies is report"}
+    assert left["holders"] == [dict(r.holder("process", "pid 7"), **note)]
+
+
+def zombie_of(**details):
+    parent = dict({"parent": "7 keeper", "parent_unit": None, "parent_vm": None, "parent_container": None}, **details)
+    return thing("zombie", "v1", parent="7", details=parent)
+
+
+@pytest.mark.parametrize("hostile", [{}, {"parent_unit": 7, "parent": ["x"], "parent_vm": {}}, {"parent_unit": "x"}])
+@pytest.mark.parametrize("zombies", planner.ZOMBIE_POLICIES)
+def test_row_36_a_host_may_say_anything_of_a_parent(hostile, zombies):
+    zombie = thing("zombie", "v1", parent="7", details=hostile)
+    sweep_twice(zombie, thing("cgroup", "v1", in_use=True), running="confirmed", zombies=zombies,
+                zombies_restart_units=["x.service"])
+
+
+@pytest.mark.parametrize(
+    ("patterns", "unit", "running", "way"),
+    [
+        (["keeper.service"], "keeper.service", "never", {"unit": "keeper.service", "may_end": False}),
+        (["x", "keep*@*.service"], "keeper@1.service", "confirmed", {"unit": "keeper@1.service", "may_end": True}),
+        (["keeper.service"], "keeper.service", "tombstoned", {"unit": "keeper.service", "may_end": False}),
+        (["keeper"], "keeper.service", "never", None),
+        (["KEEPER.service"], "keeper.service", "never", None),
+        (["*"], None, "never", None),
+        (["*"], 7, "never", None),
+    ],
+)
+def test_row_18_only_a_unit_that_is_named_may_be_restarted(patterns, unit, running, way):
+    zombie = zombie_of(parent_unit=unit)
+    result = sweep_twice(zombie, zombies="restart_unit", zombies_restart_units=patterns, running=running)
+    added = dict(way, how="restart_unit") if way else {}
+    assert [token["details"] for token in result["reap"]] == [dict(zombie["details"], **added)]
+    # The list alone allows nothing.
+    result = sweep_twice(zombie, zombies_restart_units=patterns, running=running)
+    assert [token["details"] for token in result["reap"]] == [zombie["details"]]
+
+
+STOPPED = thing("cgroup", "v1", in_use=True)
+TASK = thing("container", "v1", in_use=True, details={"id": "c1"})
+INSIDE = {"parent_vm": "v1"}
+
+
+@pytest.mark.parametrize(
+    ("details", "others", "goes"),
+    [
+        (INSIDE, [STOPPED], True),
+        ({"parent_container": "c1"}, [TASK], True),
+        ({"parent_container": "c2"}, [TASK], False),
+        ({"parent_container": None}, [thing("container", "v1", in_use=True)], False),
+        ({"parent_vm": "v2"}, [STOPPED, thing("cgroup", "v2", in_use=True)], False),
+        ({}, [STOPPED], False),
+        (INSIDE, [thing("cgroup", "v1")], False),
+        (INSIDE, [thing("jail", "v1", in_use=True)], False),
+        (INSIDE, [], False),
+        # What would be stopped stays for a reason of its own.
+        (INSIDE, [thing("cgroup", "v1", in_use=True, holders=[r.holder("systemd_unit", "x.scope")])], False),
+    ],
+)
+def test_row_18_zombies_go_with_the_parent_that_is_stopped_with_their_vm(details, others, goes):
+    zombie = zombie_of(**details)
+    result = sweep_twice(zombie, *others, zombies="with_family", running="confirmed")
+    assert ("v1.zombie" in names(result)) == goes
+    if goes:
+        assert names(result)[-1] == "v1.zombie"
+        assert result["reap"][-1]["details"] == dict(zombie["details"], how="with_family")
+    else:
+        (left,) = [one for one in result["families"]["v1"]["resources"] if one["kind"] == "zombie"]
+        assert left["verdict"] == "held"
+        assert left["reasons"][0]["code"] == "zombie"
+        assert left["reasons"][0]["text"].startswith("its parent 7 keeper")
+        assert "is not stopped by this plan" in left["reasons"][0]["text"]
+
+
+@pytest.mark.parametrize(("zombies", "goes"), [("with_family", True), ("notify_parent", False)])
+@pytest.mark.parametrize("age", [1.0, None])
+def test_what_makes_new_zombies_all_the_time_goes_when_its_zombies_go_with_it(zombies, goes, age):
+    def new(number):
+        return thing("zombie", "v1", name=str(number), age=age, parent="7", details=INSIDE)
+
+    result = sweep_twice(STOPPED, new(1), again=(STOPPED, new(2)), zombies=zombies, running="confirmed")
+    assert ("v1.cgroup" in names(result)) == goes
+
+
+def test_zombies_do_not_make_their_family_go_sooner():
+    """It is judged by the rest of it, as if there were no zombies."""
+    old, young = zombie_of(**INSIDE), thing("cgroup", "v1", in_use=True, age=1.0)
+    for one in (young, STOPPED):
+        rules = {"zombies": "with_family", "running": "confirmed", "between": 59.0}
+        assert names(sweep_twice(old, one, **rules)) == names(sweep_twice(one, **rules)) == []
+    assert names(sweep_twice(old, STOPPED, zombies="with_family", running="never")) == []
+    live = sweep_twice(old, STOPPED, zombies="with_family", running="confirmed", host_share=share(live=["v1"]))
+    assert names(live) == []
 
 
 def test_pins():
@@ -642,6 +708,7 @@ def test_counts_of_kinds_and_vms():
         "foreign": 0,
         "status": "ok",
         "reap": 0,
+        "aside": 0,
     }
     assert result["counts"]["zombie"]["status"] == "unavailable"
     assert {verdict: n for verdict, n in result["vms"].items() if n} == {"live": 1, "suspected": 1}
@@ -671,6 +738,10 @@ def test_counts_of_kinds_and_vms():
         ({"max_per_host": None}, "reap_max_per_host"),
         ({"running": "always"}, "reap_running"),
         ({"zombies": "kill"}, "reap_zombies"),
+        ({"zombies": "restart_unit"}, "reap_zombies_restart_units names no unit that may be restarted"),
+        ({"zombies_restart_units": "x.service"}, "reap_zombies_restart_units must be a list"),
+        ({"zombies_restart_units": [""]}, "reap_zombies_restart_units must be a list"),
+        ({"zombies_restart_units": [7]}, "reap_zombies_restart_units must be a list"),
         ({"keep": "v1"}, "reap_keep"),
         ({"keep": [1]}, "reap_keep"),
         ({"strike": 2}, "strike"),
@@ -809,7 +880,7 @@ def test_a_plan_is_a_fixed_point(host):
 def test_after_the_acts_there_is_nothing_left_to_do(host):
     host_facts, seen, rules = host
     first = plan(host_facts, seen, **rules)
-    ledger = acts.settled(remembered(first, host_facts["ledger"]), first["reap"], outcomes(first["reap"]))
+    ledger = acts.settled(remembered(first, host_facts["ledger"]), first["reap"], outcomes(first["reap"]), {})
     going = keys(first["reap"])
     kinds = {
         kind: dict(entry, resources=[one for one in entry["resources"] if (kind, one["name"]) not in going])

@@ -17,12 +17,13 @@ import select
 import signal
 import time
 
-from .. import mounts, processes
+from .. import blame, mounts, processes
 from .. import resource as r
-from ..probe import Absent, read_once, read_text
+from ..probe import Absent, ProbeError, read_once, read_text
 
 KIND = "cgroup"
 STOPS = True
+SETS_ASIDE = "running"
 DEPENDS_ON = ()
 RULE = {
     "root": {"type": "str", "required": True},
@@ -32,6 +33,13 @@ RULE = {
 KILL_SECONDS = 2.0
 MAX_HOLDERS = 20
 MAX_PINNED = 256
+MAX_WITNESSED = 100
+# What tells how a VM's cgroup was used; v1 has other names for it.
+TELLING = (
+    "cgroup.events", "cgroup.freeze", "memory.current", "memory.peak", "memory.events", "cpu.stat", "io.stat",
+    "pids.current", "memory.usage_in_bytes", "memory.max_usage_in_bytes", "memory.failcnt", "cpuacct.usage",
+    "freezer.state", "cgroup.procs",
+)  # fmt: skip
 INITIAL_NAMESPACE = 0xEFFFFFFB  # the kernel's own: /proc then shows whole paths
 # What an access to a cgroup gives that is gone, or is just being removed.
 REMOVED = (errno.ENOENT, errno.ENODEV)
@@ -69,9 +77,59 @@ def stop(token, rules, host):
     return None if refused is not None and refused["outcome"] == r.ALREADY_GONE else refused
 
 
+def prepare(tokens, _rules, _host):
+    """Return for those that are to be set aside whether they are frozen already."""
+    found = {}
+    for token in tokens:
+        if token.get("step") == r.ASIDE:
+            with contextlib.suppress(OSError):
+                found[token["name"]] = {"frozen": _is_frozen(token["name"])}
+    return found
+
+
+def set_aside(token, rules, host):
+    """Freeze all that runs in the cgroup: nothing is lost, and nothing goes on."""
+    return _with_cgroup(dict(token, stop=True), rules, host, lambda cgroup: _freeze(token, cgroup))
+
+
+def bring_back(token, rules, host):
+    """Thaw what was set aside, unless it was frozen before."""
+    return _with_cgroup(dict(token, stop=True), rules, host, lambda cgroup: _thaw(token, cgroup))
+
+
 def remove(token, rules, host):
     """Remove the cgroup and its children, children first. Never kills: see stop()."""
     return _with_cgroup(dict(token, stop=False), rules, host, lambda cgroup: _remove(token, cgroup))
+
+
+def witness(token, rules, host):
+    """Return what the cgroup tells of its use, and the command lines of what is in it."""
+    if _locate(token, rules) is None:
+        raise ProbeError("not below a configured cgroup root, or not the name of this VM")
+    directory = os.open(token["name"], DIRECTORY)
+    try:
+        if _identity(host, os.fstat(directory)) != token["identity"]:
+            raise ProbeError("another cgroup of the same name is there now")
+        text = "".join(_told(directory, name) for name in TELLING)
+        pids = _pids("/proc/self/fd/%d" % directory)
+    finally:
+        os.close(directory)
+    text += "".join("== process %s\n" % processes.described(pid) for pid in pids[:MAX_WITNESSED])
+    text += "... cut: %d more processes\n" % (len(pids) - MAX_WITNESSED) if len(pids) > MAX_WITNESSED else ""
+    return [{"title": KIND, "source": token["name"], "text": text}]
+
+
+def _told(directory, name):
+    try:
+        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    except FileNotFoundError:
+        return ""
+    try:
+        return "== %s\n%s" % (name, os.read(descriptor, 1 << 16).decode("utf-8", "replace"))
+    except OSError as err:
+        return "== %s\nnot read: %s\n" % (name, err.strerror)
+    finally:
+        os.close(descriptor)
 
 
 # A cgroup that is held open. ``held`` leads to this very object, and to nothing once that is removed, whatever has its
@@ -232,7 +290,7 @@ def _descendants(path):
 
 def _processes(path):
     """Return holders that name what runs in the cgroup."""
-    return [one for one in map(processes.holder, _pids(path)[:MAX_HOLDERS]) if one is not None]
+    return [one for one in map(blame.process, _pids(path)[:MAX_HOLDERS]) if one is not None]
 
 
 def _kill(token, cgroup):
@@ -287,15 +345,44 @@ def _write(cgroup, name, data):
     return True
 
 
+def _is_frozen(path):
+    for name, word in (("cgroup.freeze", b"1"), ("freezer.state", b"FROZEN")):
+        with contextlib.suppress(FileNotFoundError):
+            return read_once(os.path.join(path, name)).strip() == word
+    return False
+
+
+def _freeze(token, cgroup):
+    if _write(cgroup, "cgroup.freeze", b"1"):
+        # What sits in the kernel is frozen when it comes out; it will not run a step of its own.
+        if not _wait_until(b"frozen 1", cgroup.directory, KILL_SECONDS):
+            left = r.outcome(token, r.SET_ASIDE, "not all of it is frozen yet", holders=_processes(cgroup.held))
+            return dict(left, in_sight=True)
+        return dict(r.outcome(token, r.SET_ASIDE), in_sight=True)
+    if _write(cgroup, "freezer.state", b"FROZEN"):
+        return dict(r.outcome(token, r.SET_ASIDE), in_sight=True)
+    return dict(r.outcome(token, r.DEFERRED, "cannot be frozen: left as it is until reap_hold is over"), waits=True)
+
+
+def _thaw(token, cgroup):
+    if not token["details"].get("frozen") and not _write(cgroup, "cgroup.freeze", b"0"):
+        _write(cgroup, "freezer.state", b"THAWED")
+    return r.outcome(token, r.RESTORED)
+
+
 def _wait_until_empty(directory, seconds):
-    """Wait for ``populated 0``; the kernel signals a change of cgroup.events with POLLPRI."""
+    return _wait_until(b"populated 0", directory, seconds)
+
+
+def _wait_until(event, directory, seconds):
+    """Wait for an event, such as ``populated 0``; the kernel signals a change of cgroup.events with POLLPRI."""
     deadline = time.monotonic() + seconds
     events = os.open("cgroup.events", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
     try:
         poll = select.poll()
         poll.register(events, select.POLLPRI)
         while True:
-            if b"populated 0" in os.pread(events, 4096, 0):
+            if event in os.pread(events, 4096, 0):
                 return True
             left = deadline - time.monotonic()
             if left <= 0:

@@ -12,15 +12,18 @@ from __future__ import annotations
 import contextlib
 import time
 
-from .. import containerd
+from .. import blame, containerd
 from .. import resource as r
+from ..probe import ProbeError
 
 KIND = "container"
 STOPS = True
+SETS_ASIDE = "running"
 DEPENDS_ON = ()
 RULE = containerd.RULE
 
 STOP_SECONDS = 5.0
+PAUSES = (containerd.PAUSED, containerd.PAUSING)
 
 
 def collect(rules, host):
@@ -75,6 +78,47 @@ def stop(token, rules, host):
     return None
 
 
+def prepare(tokens, rules, host):
+    """Return for those that are to be set aside whether their tasks are paused already."""
+    found = {}
+    for token in tokens:
+        client = containerd.client_for(KIND, token, rules, host) if token.get("step") == r.ASIDE else None
+        task = client.task(_id(token)) if client else None
+        if task is not None:
+            found[token["name"]] = {"paused": task["status"] in PAUSES}
+    return found
+
+
+def set_aside(token, rules, host):
+    """Pause the task of a container: nothing is lost, and nothing goes on."""
+    refused = inspect(dict(token, stop=True), rules, host)
+    if refused is not None:
+        return refused
+    client = containerd.client_for(KIND, token, rules, host)
+    task = client.task(_id(token))
+    aside = dict(r.outcome(token, r.SET_ASIDE), in_sight=True)
+    if not _runs(task) or task["status"] in PAUSES:
+        return aside
+    try:
+        client.pause_task(_id(token))
+    except containerd.CallError as err:
+        why = "cannot be paused (%s): left as it is until reap_hold is over" % err
+        return dict(r.outcome(token, r.DEFERRED, why), waits=True)
+    return aside
+
+
+def bring_back(token, rules, host):
+    """Let the task of a container go on, unless it was paused before."""
+    refused = inspect(dict(token, stop=True), rules, host)
+    if refused is not None:
+        return refused
+    client = containerd.client_for(KIND, token, rules, host)
+    task = client.task(_id(token))
+    if task is not None and task["status"] in PAUSES and not token["details"].get("paused"):
+        client.resume_task(_id(token))
+    return r.outcome(token, r.RESTORED)
+
+
 def remove(token, rules, host):
     """Remove the record of a container that does not run, and what is left of its task. Not its snapshot."""
     refused = inspect(dict(token, stop=False), rules, host)
@@ -93,6 +137,19 @@ def remove(token, rules, host):
     except containerd.NotFound:
         return r.outcome(token, r.REAPED)
     return r.outcome(token, r.FAILED, "containerd says it was deleted, and still has it")
+
+
+def witness(token, rules, host):
+    """Return the record of the container and its task."""
+    client = containerd.client_for(KIND, token, rules, host)
+    if client is None:
+        raise ProbeError("no rule looks into this namespace")
+    container = client.container(_id(token))
+    if _identity(client, container) != token["identity"]:
+        raise ProbeError("another container of the same id is there now")
+    source = "containerd %s, Containers/Get and Tasks/Get of %s" % (client.address, token["name"])
+    told = {"container": container, "task": client.task(container["id"])}
+    return [{"title": KIND, "source": source, "text": containerd.as_text(told)}]
 
 
 def _describe(client, container, task, vm_id):
@@ -139,7 +196,7 @@ def _runs(task):
 
 
 def _processes(task):
-    return [] if task is None else [r.holder("process", str(task["pid"]))]
+    return [] if task is None else [blame.task(task["pid"], task["container_id"] or task["id"])]
 
 
 def _kill(client, name):
@@ -151,7 +208,7 @@ def _kill(client, name):
         task = client.task(name)
         if not _runs(task) or time.monotonic() > deadline:
             return task
-        if task["status"] in (containerd.PAUSED, containerd.PAUSING):
+        if task["status"] in PAUSES:
             # Frozen processes do not die; some versions of runc thaw them for the kill themselves.
             with contextlib.suppress(containerd.CallError):
                 client.resume_task(name)

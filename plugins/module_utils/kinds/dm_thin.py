@@ -4,14 +4,15 @@
 
 Its name is the kernel's, as in /dev/mapper; its identity the boot id, the sequence number that the kernel gives to each
 block device once, the pool and the thin id. Removal has two steps: the device is deactivated, which the kernel refuses
-while anybody has it open, and only then is its thin id deleted, which gives the blocks back to the pool. A reaper that
-is killed between the two leaves an intent, and the next one finishes it if the pool's metadata prove that the id still
-stands for that volume.
+while anybody has it open, and only then is its thin id deleted, which gives the blocks back to the pool. The first can
+be taken back, and is how a volume is set aside. The second is done later, also by the next reaper when one was killed
+between the two, if the pool's metadata prove that the id still stands for that volume.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import re
 import stat
@@ -19,12 +20,13 @@ import time
 
 from .. import dm, thin_pool
 from .. import resource as r
-from ..probe import DeadlineExceeded, ProbeError
+from ..probe import ProbeError
 
 KIND = "dm_thin"
 STOPS = False
 DEPENDS_ON = ("cgroup", "container", "snapshot")
 RESUMES = True
+SETS_ASIDE = "always"
 RULE = {
     "name": {"type": "str", "required": True},
     "pool": {"type": "str"},
@@ -33,8 +35,6 @@ RULE = {
 # Whatever probes new and changed block devices, udevd for one, opens them for moments.
 BUSY_TRIES = 5
 BUSY_PAUSE = 0.2
-# Volumes that other managers keep account of, by the beginning of their own or their pool's uuid.
-MANAGERS = (("LVM-", "lvm"), ("stratis-", "stratis"))
 TAG = "microvm-reaper-"
 FAILED_POOL = ["Fail"]
 _COUNT = re.compile("[0-9]{1,20}")
@@ -63,7 +63,8 @@ def collect(rules, host):
         one = _describe(volume, vm_id, mapped.get(device.name), pools[volume.pool.number][1].trouble, host)
         if one is not None:
             found.append(one)
-    return {"resources": found, "foreign": foreign}
+    places = {one.name: health.full for one, health in pools.values() if health.full is not None}
+    return {"resources": found, "foreign": foreign, "places": places}
 
 
 def inspect(token, rules, host):
@@ -74,21 +75,49 @@ def inspect(token, rules, host):
 
 
 def prepare(tokens, _rules, host):
-    """Return what proves, after a crash, that a thin id still stands for the volume of its token. May have gaps."""
-    found = {}
-    for number in sorted({token["details"]["pool_device"] for token in tokens if not token.get("resume")}):
-        pool = thin_pool.pool(number)
-        try:
-            records = thin_pool.records(pool, host) if pool else {}
-        except DeadlineExceeded:
-            break
-        except (ProbeError, OSError):
-            continue
-        for token in tokens:
+    """Return what proves, later, that a thin id still stands for the volume of its token, and what its device was like.
+
+    May have gaps: the metadata of some pools cannot be read.
+    """
+    found, active = {}, [token for token in tokens if not token.get("resume")]
+    for number in sorted({token["details"]["pool_device"] for token in active}):
+        records = _records(number, host)
+        for token in active:
             details = token["details"]
-            if details["pool_device"] == number and details["thin_id"] in records and not token.get("resume"):
-                found[token["name"]] = {"record": records[details["thin_id"]]}
+            if details["pool_device"] == number:
+                record = records.get(details["thin_id"])
+                found[token["name"]] = dict(_device(token), **({"record": record} if record else {}))
     return found
+
+
+def set_aside(token, rules, host):
+    """Deactivate the volume. One that could not be told from another one later is left active."""
+    refused, volume = _removable(token, rules, host)
+    why = None if refused else _would_be_lost(token, volume, host)
+    if why:
+        return dict(r.outcome(token, r.DEFERRED, "left active until reap_hold is over: %s" % why), waits=True)
+    return refused or _deactivate(token, volume, host) or r.outcome(token, r.SET_ASIDE)
+
+
+def bring_back(token, rules, host):
+    """Activate a volume that was set aside, with the table, the name, the uuid and the node that it had."""
+    if _is_there(token, host):
+        return r.outcome(token, r.RESTORED, "it is active")
+    refused, pool = _resumable(token, rules, host)
+    refused = refused or _unproved(token, pool, host)
+    if refused:
+        return refused
+    if any(device.name == token["name"] for device in dm.devices(host).values()):
+        return r.outcome(token, r.DEFERRED, "another device has its name now")
+    details = token["details"]
+    table = "0 %d thin %s %d" % (details["size_sectors"], pool.number, details["thin_id"])
+    arguments = (["--uuid", details["uuid"]] if details.get("uuid") else []) + ["--table", table]
+    arguments += ["--readonly"] if details.get("read_only") else []
+    rc, _out, err = dm.dmsetup(host, "create", *arguments, "--", token["name"])
+    if rc != 0:
+        return r.outcome(token, r.FAILED, "cannot be activated: %s" % dm.reason(err))
+    _restore_node(token)
+    return r.outcome(token, r.RESTORED)
 
 
 def remove(token, rules, host):
@@ -104,6 +133,69 @@ def remove(token, rules, host):
     refused, volume = _removable(token, rules, host)
     refused = refused or _deactivate(token, volume, host)
     return refused or _delete(token, volume.pool, volume.thin_id, host)
+
+
+def witness(token, _rules, host):
+    """Return the table, status and other state of the volume and the status of its pool; four commands for all."""
+    if not _is_there(token, host):
+        raise ProbeError("it is not active any more, or another volume has its name now")
+    name, pool = token["name"], token["details"]["pool"]
+    told = [
+        ("info of the volume", host.once("dm info", lambda: dm.devices(host)).get(token["details"]["device"])),
+        ("table of the volume", host.once("dm table thin", lambda: dm.tables(host, "thin")).get(name)),
+        ("status of the volume", host.once("dm status thin", lambda: dm.statuses(host, "thin")).get(name)),
+        ("status of the pool", host.once("dm status thin-pool", lambda: dm.statuses(host, "thin-pool")).get(pool)),
+    ]
+    lines = ["%s: %s" % (what, " ".join("%s=%s" % pair for pair in one._asdict().items()) if one else "none")
+             for what, one in told]
+    source = "dmsetup info, table, status, of all volumes at once: %s in pool %s" % (name, pool)
+    return [{"title": KIND, "source": source, "text": "\n".join(lines) + "\n"}]
+
+
+def _records(number, host):
+    """Return what the metadata of a pool say, nothing where they cannot be read."""
+    pool = thin_pool.pool(number)
+    try:
+        return thin_pool.records(pool, host) if pool else {}
+    except (ProbeError, OSError):
+        return {}
+
+
+def _device(token):
+    """Return what a device is like beside its table: ``{uuid, read_only, node: [mode, uid, gid]}``."""
+    number = token["details"]["device"]
+    uuid = dm.attribute(number, "dm/uuid") or ""
+    found = {"uuid": "" if uuid.startswith(TAG) else uuid, "read_only": dm.attribute(number, "ro") == "1"}
+    with contextlib.suppress(OSError):
+        status = os.stat(_node(token["name"]))
+        if stat.S_ISBLK(status.st_mode) and dm.as_number(status.st_rdev) == number:
+            found["node"] = [stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid]
+    return found
+
+
+def _restore_node(token):
+    """Give the node in /dev back the rights that it had. udevd, where it runs, may have made it by rules of its own."""
+    if not os.path.lexists(_node(token["name"])) or "node" not in token["details"]:
+        return
+    mode, uid, gid = token["details"]["node"]
+    with contextlib.suppress(OSError):
+        os.chown(_node(token["name"]), uid, gid)
+        os.chmod(_node(token["name"]), mode)
+
+
+def _node(name):
+    return os.path.join("/dev/mapper", name)
+
+
+def _would_be_lost(token, volume, host):
+    """Return why nothing would prove, once the volume is inactive, that its thin id still stands for it, or None."""
+    record = token["details"].get("record")
+    if not record:
+        return "the metadata of pool %s could not be read (thin_dump)" % volume.pool.name
+    if not record["device"][3]:
+        return "it is empty, and nothing tells it from another empty one"
+    table = dm.table(host, volume.device.number, "thin")
+    return "it has an external origin" if table is None or len(table.words) != 2 else None
 
 
 def _volume(device, table, pool_of):
@@ -149,6 +241,7 @@ def _describe(volume, vm_id, status, trouble, host):
             "thin_id": volume.thin_id,
             "device": device.number,
             "size_sectors": volume.sectors,
+            "place": pool.name,
         },
     )
 
@@ -156,7 +249,7 @@ def _describe(volume, vm_id, status, trouble, host):
 def _holders(device, pool, trouble):
     """Return what forbids the removal of a volume, whoever has it open."""
     found = []
-    for prefix, manager in MANAGERS:
+    for prefix, manager in thin_pool.MANAGERS:
         if device.uuid.startswith(prefix) or pool.uuid.startswith(prefix):
             found.append(r.holder(manager, device.name))
     if re.fullmatch(re.escape(pool.name) + r"-snap-\d+", device.name):
@@ -270,7 +363,7 @@ def _deactivate(token, volume, host):
         return _busy(token)
     if rc != 0 or _is_there(token, host):
         return r.outcome(token, r.FAILED, dm.reason(err) or "still there after dmsetup said that it was removed")
-    if os.path.lexists(os.path.join("/dev/mapper", token["name"])):
+    if os.path.lexists(_node(token["name"])):
         # Removal by uuid leaves the node to udevd, which does not run everywhere.
         dm.dmsetup(host, "mknodes", "--", token["name"])
     return None
@@ -278,18 +371,15 @@ def _deactivate(token, volume, host):
 
 def _delete(token, pool, thin_id, host):
     """Delete a thin id that no device uses any more. ``bytes`` is what the pool has free more than before."""
-    before = thin_pool.read_health(pool, host).used_bytes
     where = "thin id %d of pool %s" % (thin_id, pool.name)
     if dm.incarnation(pool.number) != pool.incarnation:
         left = r.outcome(token, r.FAILED, "deactivated, but %s remains: the pool was deactivated too" % where)
         return dict(left, unfinished=True)
-    rc, _out, err = dm.dmsetup(host, "message", "--", pool.name, "0", "delete %d" % thin_id)
-    if rc != 0 and dm.NO_DATA not in err:
-        left = r.outcome(token, r.FAILED, "deactivated, but %s remains: %s" % (where, dm.reason(err)))
+    given_back, complaint = thin_pool.delete(pool, thin_id, host)
+    if complaint:
+        left = r.outcome(token, r.FAILED, "deactivated, but %s remains: %s" % (where, complaint))
         return dict(left, unfinished=True)
-    after = thin_pool.read_health(pool, host).used_bytes
-    given_back = before - after if before is not None and after is not None else 0
-    return r.outcome(token, r.REAPED, bytes_given_back=max(given_back, 0))
+    return r.outcome(token, r.REAPED, bytes_given_back=given_back)
 
 
 def _resumable(token, rules, host):

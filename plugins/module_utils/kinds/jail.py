@@ -5,32 +5,43 @@
 The jailer cleans nothing up, and what is in a jail belongs to an unprivileged user: it is treated as hostile. A jail
 in which a process has its root, working directory or executable is in use. What is mounted in it does not protect it:
 that is unmounted, never descended into.
+
+A jail is set aside by a rename, into ``.microvm.reaper/<hash of its identity>/`` beside it, which only the reaper's
+user can enter. It keeps all that it was, what is mounted in it too.
 """
 
 from __future__ import annotations
 
 import collections
+import hashlib
 import os
 import re
 import time
 
-from .. import mounts, processes, safe_tree
+from .. import blame, mounts, processes, safe_read, safe_tree
 from .. import resource as r
-from ..probe import Absent, boottime
+from ..probe import Absent, ProbeError, boottime
 
 KIND = "jail"
 STOPS = False
+SETS_ASIDE = "always"
 DEPENDS_ON = ("cgroup",)
+ASIDE = ".microvm.reaper"
 DEFAULT_EXEC = "[^/]+"
 RULE = {
     "base": {"type": "str", "required": True},
     "exec": {"type": "str", "default": DEFAULT_EXEC},
     "name": {"type": "str", "required": True},
+    "evidence": {"type": "list", "elements": "str"},
 }
 
 # One act must end well before the reaper gives up on it; a tree that takes longer is finished in later sweeps.
 REMOVE_SECONDS = 20.0
 RESERVE_SECONDS = 0.5
+MAX_HOLDERS = 20
+# How much a witness tells of a jail.
+MAX_LISTED, LISTED_DEPTH = 300, 6
+MAX_LOGS, LOG_BYTES = 10, 64 * 1024
 
 
 def collect(rules, host):
@@ -41,10 +52,10 @@ def collect(rules, host):
     jails, foreign = {}, 0
     for base, base_rules in sorted(bases.items()):
         for above, names in _levels(base, base_rules):
-            for entry in _directories(os.path.join(base, *above)):
-                vm_id = names.match(entry.name)[0]
-                if vm_id is not None and r.is_text(entry.path):
-                    jails[os.path.join(os.path.realpath(base), *above, entry.name)] = base, above + [entry.name], vm_id
+            for below in _jails(os.path.join(base, *above)):
+                vm_id = names.match(below[-1])[0]
+                if vm_id is not None and r.is_text(os.path.join(base, *above, *below)):
+                    jails[os.path.join(os.path.realpath(base), *above, *below)] = base, above + below, vm_id
                 else:
                     foreign += 1
     table = mounts.read()
@@ -54,7 +65,8 @@ def collect(rules, host):
         _describe(base, names, vm_id, in_use=bool(inside[path]), mounted=len(mounted[path]))
         for path, (base, names, vm_id) in jails.items()
     ]
-    return {"resources": [one for one in found if one is not None], "foreign": foreign}
+    places = {base: full for base, full in ((base, _full(base)) for base in bases) if full is not None}
+    return {"resources": [one for one in found if one is not None], "foreign": foreign, "places": places}
 
 
 def inspect(token, rules, host):
@@ -62,17 +74,89 @@ def inspect(token, rules, host):
     return _with_tree(token, rules, _refusal)
 
 
+def set_aside(token, rules, host):
+    """Move the jail aside as it is."""
+    return _with_tree(token, rules, lambda token, tree: _refusal(token, tree) or _set_aside(token, tree))
+
+
+def bring_back(token, rules, host):
+    """Move a jail that was set aside back to where it was, unless something else is there now."""
+    back = _with_tree(token, rules, _is_back, _home)
+    if back["outcome"] not in (r.ALREADY_GONE, r.IDENTITY_CHANGED):
+        return back
+    return _with_tree(token, rules, _bring_back)
+
+
 def remove(token, rules, host):
     """Unmount what is mounted in the jail, remove all that is in it, then the jail. What is above it stays."""
     return _with_tree(token, rules, lambda token, tree: _refusal(token, tree) or _remove(token, tree, host))
 
 
-def _with_tree(token, rules, act):
+def witness(token, rules, host):
+    """Return the listing of the jail, what is mounted in it, and the ends of the logs that the rules name."""
+    place = _locate(token, rules)
+    if place is None:
+        raise ProbeError("not below a configured jail base, or not the name of this VM")
+    table = host.once("mounts", mounts.read)
+    with safe_tree.Tree(*place) as tree:
+        if tree.identity() != token["identity"]:
+            raise ProbeError("another jail of the same name is there now")
+        reader = safe_read.Reader(tree, table)
+        lines = reader.listing(MAX_LISTED, LISTED_DEPTH)
+        told = [{"title": "jail-listing", "source": token["name"], "text": "\n".join(lines) + "\n"}]
+        mounted = ["%s on %s" % (one.kind, safe_tree.shown(one.point)) for one in mounts.below(table, tree.path)]
+        if mounted:
+            told.append({"title": "jail-mounts", "source": "/proc/self/mountinfo", "text": "\n".join(mounted) + "\n"})
+        for names in reader.matching(log_globs(_rules_of(token, rules)), MAX_LOGS):
+            told.append(_end_of_log(token, reader, names))
+    return told
+
+
+def logs_of(outcome, rules):
+    """Return ``(base, names below it, globs)``: where a jail lies that was moved aside, and which logs are in it."""
+    path = (outcome.get("aside") or {}).get("path") or ""
+    for base in _bases(rules):
+        place = os.path.realpath(base)
+        names = path[len(place) + 1 :].split("/")
+        if path.startswith(place + "/") and not {"", ".", ".."}.intersection(names):
+            return place, names, log_globs(_rules_of(outcome, rules))
+    raise ProbeError("%s is not below a configured jail base" % safe_tree.shown(path))
+
+
+def log_globs(rules):
+    """Return the globs, relative to a jail, of the logs that the rules name. Raises RuleError."""
+    found = []
+    for rule in rules:
+        for pattern in rule.get("evidence") or ():
+            if {"", ".", ".."}.intersection(pattern.split("/")):
+                raise r.RuleError("jail rule: 'evidence' must be globs relative to the jail: %r" % pattern)
+            found += [pattern] if pattern not in found else []
+    return found
+
+
+def _rules_of(item, rules):
+    """Return the rules of the base that a token or an outcome is of."""
+    return [rule for base, of_base in _bases(rules).items() if item["name"].startswith(base + "/") for rule in of_base]
+
+
+def _end_of_log(token, reader, names):
+    shown = safe_read.shown(names)
+    try:
+        data, notes = reader.end_of(names, LOG_BYTES)
+    except safe_read.Unreadable as err:
+        data, notes = b"not read: " + str(err).encode(), []
+    source = "; ".join(["%s/%s" % (token["name"], shown)] + notes)
+    return {"title": "jail-log-" + shown, "source": source, "text": data.decode("utf-8", "replace")}
+
+
+def _with_tree(token, rules, act, where=None):
+    """Open the jail of a token, where ``where(names, identity)`` says, and act on it."""
     place = _locate(token, rules)
     if place is None:
         return r.outcome(token, r.FAILED, "not below a configured jail base, or not the name of this VM")
+    where = where or (_aside if token.get("resume") else _as_named)
     try:
-        with safe_tree.Tree(*place) as tree:
+        with safe_tree.Tree(place[0], where(place[1], token["identity"])) as tree:
             return act(token, tree)
     except FileNotFoundError:
         return r.outcome(token, r.ALREADY_GONE)
@@ -80,14 +164,54 @@ def _with_tree(token, rules, act):
         return r.outcome(token, r.IDENTITY_CHANGED, "something that is not a directory is there now")
 
 
-def _refusal(token, tree):
+def _refusal(token, tree, path=None):
     if tree.identity() != token["identity"]:
         return r.outcome(token, r.IDENTITY_CHANGED, "another jail of the same name is there now")
-    pids = _inside({tree.path}, processes.places(mounts.read()))[tree.path]
-    if pids:
-        holders = [processes.holder(pid) for pid in sorted(pids)[:20]]
+    path = path or tree.path
+    by = collections.defaultdict(list)
+    for pid, name in _inside({path}, processes.places(mounts.read()))[path]:
+        by[pid].append(name)
+    if by:
+        holders = [blame.process(pid, by[pid]) for pid in sorted(by)[:MAX_HOLDERS]]
         return r.outcome(token, r.DEFERRED, "processes are in it", holders=[one for one in holders if one])
     return None
+
+
+def _set_aside(token, tree):
+    if os.path.basename(os.path.dirname(os.path.dirname(tree.path))) == ASIDE:
+        return _is_aside(token, tree.path)  # by a reaper whose ledger was lost
+    try:
+        moved = tree.move_below(ASIDE, _hash(token["identity"]))
+    except safe_tree.Busy as err:
+        return r.outcome(token, r.DEFERRED, str(err))
+    except safe_tree.Refused as err:
+        return dict(r.outcome(token, r.DEFERRED, "left where it is until reap_hold is over: %s" % err), waits=True)
+    # A process that went in while we looked.
+    refused = _refusal(token, tree, moved)
+    if refused:
+        tree.move_up()
+        return refused
+    return _is_aside(token, moved)
+
+
+def _is_aside(token, path):
+    return dict(r.outcome(token, r.SET_ASIDE), aside={"path": path})
+
+
+def _is_back(token, tree):
+    if tree.identity() != token["identity"]:
+        return r.outcome(token, r.IDENTITY_CHANGED)
+    return r.outcome(token, r.RESTORED, "it is where it was")
+
+
+def _bring_back(token, tree):
+    if tree.identity() != token["identity"]:
+        return r.outcome(token, r.IDENTITY_CHANGED, "another directory is where it was set aside")
+    try:
+        tree.move_up()
+    except safe_tree.Busy as err:
+        return r.outcome(token, r.DEFERRED, str(err))
+    return r.outcome(token, r.RESTORED)
 
 
 def _remove(token, tree, host):
@@ -101,7 +225,36 @@ def _remove(token, tree, host):
         return r.outcome(token, r.DEFERRED, str(err), bytes_given_back=removal.bytes)
     except safe_tree.Refused as err:
         return r.outcome(token, r.FAILED, str(err), bytes_given_back=removal.bytes)
+    if token.get("resume"):
+        tree.remove_parent()
     return r.outcome(token, r.REAPED, bytes_given_back=removal.bytes)
+
+
+def _hash(identity):
+    return hashlib.sha256(identity.encode("ascii")).hexdigest()[:32]
+
+
+def _aside(names, identity):
+    """Return the names that lead to where a jail is that was set aside, also of one that is called by that."""
+    return names if names[-3:-2] == [ASIDE] else [*names[:-1], ASIDE, _hash(identity), names[-1]]
+
+
+def _home(names, _identity):
+    return [*names[:-3], names[-1]] if names[-3:-2] == [ASIDE] else names
+
+
+def _as_named(names, _identity):
+    return names
+
+
+def _full(base):
+    """Return how many percent of the file system of a base are used, None when it cannot be told."""
+    try:
+        usage = os.statvfs(base)
+    except OSError:
+        return None
+    used, free = usage.f_blocks - usage.f_bfree, usage.f_bavail
+    return round(100 * used / (used + free), 1) if used + free else None
 
 
 def _describe(base, names, vm_id, in_use, mounted):
@@ -118,7 +271,7 @@ def _describe(base, names, vm_id, in_use, mounted):
         identity,
         in_use=in_use,
         age_seconds=round(age, 1) if age >= 0 else None,
-        details={"mounts": mounted},
+        details={"mounts": mounted, "place": base, **({"aside": True} if names[-3:-2] == [ASIDE] else {})},
     )
 
 
@@ -141,7 +294,7 @@ def _locate(token, rules):
         names = token["name"][len(base) + 1 :].split("/")
         if any(name in ("", ".", "..") for name in names):
             return None
-        level = _names(base_rules, names[:-1])
+        level = _names(base_rules, names[:-3] if names[-3:-2] == [ASIDE] else names[:-1])
         if level is not None and level.match(names[-1])[0] == token["vm_id"]:
             return os.path.realpath(base), names
     return None
@@ -181,9 +334,18 @@ def _exec(rule):
     return DEFAULT_EXEC if rule.get("exec") is None else rule["exec"]
 
 
+def _jails(path):
+    """Yield the names below a directory of all that may be a jail there: those in it, and those that were set aside."""
+    for entry in _directories(path):
+        yield [entry.name]
+    for above in _directories(os.path.join(path, ASIDE)):
+        for entry in _directories(above.path):
+            yield [ASIDE, above.name, entry.name]
+
+
 def _directories(path):
     try:
         with os.scandir(path) as entries:
-            return [entry for entry in entries if entry.is_dir(follow_symlinks=False)]
+            return [entry for entry in entries if entry.is_dir(follow_symlinks=False) and entry.name != ASIDE]
     except (FileNotFoundError, NotADirectoryError):
         return []

@@ -198,6 +198,34 @@ def containerd_kinds(data):
         containerd._connection = before
 
 
+@target(is_json=True)
+def container_spec(data):
+    """Never raises. A spec that mounts something of a snapshot is found to, also when it is not understood."""
+    text = data.decode("utf-8", "surrogateescape")
+    asked = [{"type": "bind", "source": "/dev/mapper/pool-snap-1", "options": []}]
+    for spec in (None, {"value": text}):
+        found = snapshot._has({"spec": spec}, {"/snapshots/7"}, asked)
+        assert found in (True, False)
+    try:
+        spec = json.loads(text)
+        spec["root"] = {"path": "/snapshots/7/fs"}
+    except (ValueError, TypeError, RecursionError):
+        return
+    assert snapshot._has({"spec": {"value": json.dumps(spec)}}, {"/snapshots/7"}, asked)
+
+
+@target(max_length=256)
+def lease_time(data):
+    """Never raises. A lease is over only where its time was a time more than a minute ago."""
+    text = data.decode("utf-8", "surrogateescape")
+    if not containerd.has_expired(text, 1_800_000_000.0):
+        return
+    assert len(text) >= len("2026-01-01T00:00:00Z") and text.isascii()
+    year = int(text[:4])
+    assert year <= 2027
+    assert not containerd.has_expired("9999" + text[4:], 1_800_000_000.0) and containerd.has_expired(text, 1e12)
+
+
 @target()
 def firecracker_answer(data):
     """Never raises. The VM of the socket is alive whatever is answered; another id is one, and stands in the answer.

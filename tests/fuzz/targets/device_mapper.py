@@ -4,9 +4,11 @@
 
 from __future__ import annotations
 
+import json
 import re
+import struct
 
-from ansible_collections.microvm.reaper.plugins.module_utils import dm, thin_pool
+from ansible_collections.microvm.reaper.plugins.module_utils import bolt, devmapper, dm, thin_pool
 from ansible_collections.microvm.reaper.plugins.module_utils.probe import ProbeError
 
 from ..target import scratch, target, text_of
@@ -99,3 +101,54 @@ def dm_reason(data):
     """Never raises. What dmsetup complained of becomes one short line that can be printed."""
     said = dm.reason(text_of(data))
     assert (said.isprintable() or not said) and len(said) <= 300
+
+
+@target(max_length=12288)
+def bolt_database(data):
+    """Raises ProbeError only. What is in a database is in its bytes, and is not more than they are.
+
+    The bytes are its pages; our meta page leads to them, for by chance none would have its checksum.
+    """
+    for content in (data, _with_meta(data)):
+        try:
+            found = bolt.parse(content, "/x.db")
+        except ProbeError as err:
+            assert str(err)
+            continue
+        assert sum(len(key) + len(value) for key, value in _all_of(found)) <= len(content)
+        assert all(key in content and value in content for key, value in _all_of(found))
+        try:
+            devmapper.thin_ids(found, "/x.db")
+        except ProbeError:
+            continue
+
+
+def _with_meta(data):
+    meta = struct.pack("<IIIIQQQQQ", bolt.MAGIC, bolt.VERSION, 4096, 0, 1, 0, 0, 9, 5)
+    head = struct.pack("<QHHI", 0, bolt.META, 0, 0) + meta + struct.pack("<Q", bolt._fnv(meta))
+    return head.ljust(4096, b"\0") + data
+
+
+def _all_of(found):
+    for key, value in found.items():
+        if isinstance(value, dict):
+            yield from _all_of(value)
+        else:
+            yield key, value
+
+
+@target(is_json=True)
+def snapshotter_records(data):
+    """Raises ProbeError only. Each device has an id that stands in its record; an id that is not free is named."""
+    states = dict.fromkeys(data[1:40].split(b","), data[:1])
+    database = {b"devices": {b"pool-snap-1": data}, b"device_ids": {b"4": b"\x01", b"5": b"\x00", b"6": b"\x02"}}
+    for one in (database, dict(database, device_ids=states), {b"devices": {}, b"device_ids": states}):
+        try:
+            found, names = devmapper.thin_ids(one, "/x.db")
+        except ProbeError as err:
+            assert str(err)
+            continue
+        assert all(isinstance(number, int) for number in found) and names == set(one[b"devices"])
+        if one is database:
+            assert {4, 6} <= set(found) <= {4, 6, int(json.loads(data)["device_id"])}
+    devmapper._SETTING.findall(text_of(data))

@@ -7,8 +7,15 @@ from __future__ import annotations
 import os
 import re
 
-from ansible_collections.microvm.reaper.plugins.module_utils import abandoned, containerd, mounts, processes
-from ansible_collections.microvm.reaper.plugins.module_utils.kinds import snapshot, zombie
+from ansible_collections.microvm.reaper.plugins.module_utils import (
+    abandoned,
+    blame,
+    containerd,
+    mounts,
+    processes,
+    units,
+)
+from ansible_collections.microvm.reaper.plugins.module_utils.kinds import zombie
 from ansible_collections.microvm.reaper.plugins.module_utils.probe import ProbeError
 from ansible_collections.microvm.reaper.plugins.module_utils.resource import VM_ID, Names
 from ansible_collections.microvm.reaper.plugins.plugin_utils import report
@@ -45,6 +52,9 @@ def cgroup(data):
         endings = ("", " (deleted)")
         assert any(start + vm_id + end in parts or re.search(r"(^|:|/)%s" % re.escape(start + vm_id + end), text)
                    for start in ("vm-", "") for end in endings)
+    container, namespace = blame.container_of(text)
+    assert container is None or (container in text and container.isprintable() and "/" not in container)
+    assert namespace is None or (container is not None and containerd.IDENTIFIER.fullmatch(namespace))
     unit = processes.unit(text)
     assert unit is None or (unit.endswith((".service", ".scope")) and unit.isprintable() and "/" not in unit)
 
@@ -69,15 +79,33 @@ def mountinfo(data):
 
 @target()
 def mount_points(data):
-    """Never raises. A mount whose source or upperdir is marked is found, however the kernel had to write it."""
-    text = text_of(data)
-    first = text.split("\n", 1)[0]
-    snapshot.mount_points(text, {"upperdir=" + first, first})
-    if not first or "," in first:  # overlay writes a comma in a way of its own
+    """Never raises. An overlay that writes below a directory is found, however the kernel had to write its name."""
+    text = os.fsdecode(data)
+    points = mounts.points_with(text, "upperdir=", {"/" + text.split("\n", 1)[0], "/var/x"})
+    assert all(isinstance(point, str) for point in points)
+    name = "/var/x/" + text.replace("\0", "").replace(",", "")  # overlay writes a comma in a way of its own
+    line = "36 35 98:0 / %s rw - overlay overlay rw,upperdir=%s" % (_escaped(name), _escaped(name + "/fs"))
+    for directory in (name, "/var/x", "/"):
+        assert mounts.points_with("22 1 0:1 / / rw - a b c\n%s\n" % line, "upperdir=", {directory}) == {name}
+    assert mounts.points_with(line, "upperdir=", {"/var/y"}) == set()
+
+
+@target()
+def unit_properties(data):
+    """Raises ProbeError only. What is known of a unit stands in a line of what systemctl printed."""
+
+    class Host:
+        def run(self, *_arguments, **_options):
+            return 0, text_of(data), ""
+
+    try:
+        found = units.properties("x.service", Host())
+    except ProbeError as err:
+        assert str(err)
         return
-    for kind, source, option in (("overlay", "overlay", "upperdir=/" + first), ("ext4", "/dev/" + first, "x")):
-        line = "36 35 98:0 / /mnt rw - %s %s rw,%s" % (kind, _escaped(source), _escaped(option))
-        assert snapshot.mount_points("22 1 0:1 / / rw - a b c\n%s\n" % line, {source} if kind == "ext4" else {option})
+    lines = set(text_of(data).split("\n"))
+    assert all("%s=%s" % pair in lines for pair in found.items())
+    assert set(units._PROPERTIES) - set(units.DEPENDENTS) <= set(found)
 
 
 @target()

@@ -4,9 +4,12 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
+import os
 
-from ansible_collections.microvm.reaper.plugins.module_utils import journal, ledger
+from ansible_collections.microvm.reaper.plugins.module_utils import evidence_store, journal, ledger
 from ansible_collections.microvm.reaper.plugins.module_utils.resource import VM_ID
 from ansible_collections.microvm.reaper.plugins.plugin_utils import planner
 from ansible_collections.microvm.reaper.plugins.plugin_utils.facts import FactsError, unpacked
@@ -86,6 +89,32 @@ def journal_file(data):
 
 
 @target(is_json=True)
+def journal_chain(data):
+    """Raises LedgerError only. What is added to whatever lies there is found again, and follows what was before it.
+
+    A line of ours that is changed or left out is noticed, unless it is the last one or nothing is before it.
+    """
+    directory = _written("journal.jsonl", data)
+    os.chmod(directory, 0o700)
+    os.chmod(os.path.join(directory, REALM), 0o700)
+    sweep = journal.Journal(directory, REALM, "sweep-1")
+    before = journal.about(directory, REALM, {})
+    for number in range(3):
+        sweep.latched("v%d lives" % number)
+    after = journal.about(directory, REALM, {})
+    ours = [entry["message"] for entry in after["entries"][-3:]]
+    assert ours == ["v0 lives", "v1 lives", "v2 lives"], ours
+    if before["broken"] is None:
+        assert after["broken"] is None, after["broken"]
+    with open(journal.path_of(directory, REALM), "rb") as stream:
+        lines = stream.read().split(b"\n")
+    lines[-3] = lines[-3].replace(b"v1 lives", b"v9 lives")
+    changed = journal.about(_written("journal.jsonl", b"\n".join(lines)), REALM, {})
+    without = journal.about(_written("journal.jsonl", b"\n".join(lines[:-3] + lines[-2:])), REALM, {})
+    assert changed["broken"] and without["broken"]
+
+
+@target(is_json=True)
 def journal_entry(data):
     """Raises ValueError only, whatever JSON a host returns as an entry."""
     try:
@@ -94,3 +123,27 @@ def journal_entry(data):
         return
     assert journal.checked(entry) == entry
     assert is_safe("".join(c for c in entry.get("name", "") if c.isprintable()))
+
+
+@target(max_length=8192)
+def evidence_bundle(data):
+    """Raises EvidenceError only, for bytes, and for bytes in a good gzip. What was packed is unpacked as it was."""
+    for content in (data, gzip.compress(data, 1, mtime=0)):
+        try:
+            metadata, sections = evidence_store.unpacked(io.BytesIO(content), 1 << 16)
+        except evidence_store.EvidenceError as err:
+            assert str(err)
+            continue
+        assert isinstance(metadata, dict)
+        assert sum(len(text) for _title, _source, text in sections) <= 1 << 16
+    text = data.decode("latin-1")
+    metadata = {"vm_id": "v1", "reasons": [text], "seconds": 5}
+    whole = evidence_store.packed(metadata, [("jail", text[:80], data), ("cgroup", "x", text[:99])])
+    again, sections = evidence_store.unpacked(io.BytesIO(whole), 1 << 20)
+    assert again == metadata and sections[0][2] == data and len(sections) == 2
+    for end in (len(whole) - 9, len(whole) // 2):
+        try:
+            cut = evidence_store.unpacked(io.BytesIO(whole[:end]), 1 << 20)
+        except evidence_store.EvidenceError:
+            continue
+        assert cut == (again, sections), "a bundle that lost a part of it was taken"  # not only its checksum
