@@ -56,6 +56,8 @@ def _device_mapper():
                 what = said["argv"][1] if name == "dm_lines" else "all"
                 target = said["argv"][-1] if name == "dm_lines" else ""
                 yield name, "seed-%s%s-%d" % (what, target, number), said["out"]
+            if name == "dm_lines" and target == "thin":
+                yield "thin_mapped", "seed-%s-%d" % (what, number), said["out"]
             if said["err"]:
                 yield "dm_reason", "seed-%d" % number, said["err"]
     busy = "device-mapper: remove ioctl on v1 failed: Device or resource busy\nCommand failed.\n"

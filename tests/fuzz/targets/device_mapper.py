@@ -9,6 +9,7 @@ import re
 import struct
 
 from ansible_collections.microvm.reaper.plugins.module_utils import bolt, devmapper, dm, thin_pool
+from ansible_collections.microvm.reaper.plugins.module_utils.kinds import thin_id
 from ansible_collections.microvm.reaper.plugins.module_utils.probe import ProbeError
 
 from ..target import scratch, target, text_of
@@ -45,6 +46,27 @@ def dm_lines(data):
 
 
 @target()
+def thin_mapped(data):
+    """Never raises. Each volume with a line of its own is among the thin ids that are in use."""
+
+    class Host:
+        def run(self, *_arguments, **_options):
+            return 0, text_of(data), ""
+
+    found = thin_id.mapped(Host())
+    assert all(re.fullmatch("[0-9]+:[0-9]+", number) and one >= 0 for number, one in found)
+    for line in dm.parse_lines(text_of(data), "thin").values():
+        words = " ".join(line.words[:2])
+        # The kernel has no more digits, and writes one blank between words.
+        if re.fullmatch("[0-9]{1,10}:[0-9]{1,10} [0-9]{1,10}", words) and _has_blanks_only(text_of(data)):
+            assert (line.words[0], int(line.words[1])) in found, line
+
+
+def _has_blanks_only(text):
+    return all(c in " \n" for c in text if c.isspace()) and "  " not in text
+
+
+@target()
 def thin_health(data):
     """Never raises. A pool without trouble is writable, needs no check, and nobody else holds its metadata snapshot."""
     text, _newline, ours = text_of(data).partition("\n")
@@ -69,13 +91,13 @@ def thin_dump(data):
     except ProbeError:
         return
     assert text.count('dev_id="') >= len(found)
-    for thin_id, record in found.items():
+    for number, record in found.items():
         transaction, created, snapped, mapped = record["device"]
-        words = (thin_id, mapped, transaction, created, snapped)
+        words = (number, mapped, transaction, created, snapped)
         names = ("dev_id", "mapped_blocks", "transaction", "creation_time", "snap_time")
         # Leading zeros are digits too.
         pattern = "<device " + " ".join('%s="0*%d"' % pair for pair in zip(names, words, strict=True))
-        assert len(re.findall(pattern, text, re.ASCII)) == 1, (thin_id, record)
+        assert len(re.findall(pattern, text, re.ASCII)) == 1, (number, record)
     whole = text.rstrip()
     for end in {len(whole) - 1, len(whole) // 2, len(whole) // 3, len(whole) - len("</superblock>")}:
         try:

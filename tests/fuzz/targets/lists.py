@@ -9,7 +9,7 @@ import json
 import os
 
 from ansible_collections.microvm.reaper.plugins.module_utils.resource import VM_ID, is_text
-from ansible_collections.microvm.reaper.plugins.plugin_utils import manifest, sources
+from ansible_collections.microvm.reaper.plugins.plugin_utils import manifest, publishing, sources
 from ansible_collections.microvm.reaper.plugins.plugin_utils.manifest import ManifestError
 from ansible_collections.microvm.reaper.plugins.plugin_utils.sources import _listing, _paths, _web, postgresql
 
@@ -322,6 +322,8 @@ def http_headers(data):
     _web.http_date(text)
     assert is_number(_web._retry_after({"Retry-After": text, "Date": text}))
     assert _web._charset(text) is not None and _web.shown(text).isprintable()
+    hook = publishing.shown(text)
+    assert hook is None or hook.count("/") == 2, hook
     link = _listing.next_link(text)
     assert link is None or "<%s>" % link in text
     base = "https://cp.example.net:8443/v1/vms?limit=2"
