@@ -19,10 +19,12 @@ import re
 import time
 
 from . import dm
-from .probe import ProbeError, find_command
+from .probe import DeadlineExceeded, ProbeError, find_command
 
 LOCK_SECONDS = 5.0
 NOTES = "thin-metadata-snapshots.json"
+# In the place of a block: we are about to reserve one, and nobody had any. Whoever is killed then has it, or nobody.
+PENDING = "pending"
 LOCK = "thin-metadata-snapshots.lock"
 # Who keeps account of all volumes of a pool himself, by the beginning of its uuid (or that of a volume).
 MANAGERS = (("LVM-", "lvm"), ("stratis-", "stratis"))
@@ -88,7 +90,7 @@ def parse_health(sectors, words, ours=None):
         trouble = "needs_check"
     elif words[4] not in ("rw", "out_of_data_space"):
         trouble = {"ro": "read-only"}.get(words[4], words[4])
-    elif held not in (None, ours):
+    elif held not in (None, ours) and ours != PENDING:
         trouble = "its metadata snapshot is held by somebody else (block %s)" % held
     else:
         trouble = None
@@ -194,7 +196,14 @@ def _lock(descriptor, deadline):
 
 @contextlib.contextmanager
 def _snapshot(one, host):
-    _message(one, host, "reserve_metadata_snap")
+    _note(one, host, PENDING)
+    try:
+        _message(one, host, "reserve_metadata_snap")
+    except DeadlineExceeded:
+        raise  # it may still come to it
+    except ProbeError:
+        _note(one, host, None)
+        raise
     try:
         _note(one, host, read_health(one, host).held)
         yield
