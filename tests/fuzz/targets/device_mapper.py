@@ -71,12 +71,13 @@ def thin_health(data):
     """Never raises. A pool without trouble is writable, needs no check, and nobody else holds its metadata snapshot."""
     text, _newline, ours = text_of(data).partition("\n")
     words = text.split()
-    for mine in (None, ours):
+    for mine in (None, ours, thin_pool.PENDING):
         found = thin_pool.parse_health(1 << 20, words, mine)
         assert found.used_bytes is None or found.used_bytes >= 0
         if found.trouble is None:
             assert words[4] in ("rw", "out_of_data_space") and "needs_check" not in words
-            assert words[3] in ("-", mine) and found.held == (None if words[3] == "-" else mine)
+            assert words[3] in ("-", mine) or mine == thin_pool.PENDING
+            assert found.held == (None if words[3] == "-" else words[3])
             assert re.fullmatch("[0-9]+/[0-9]+", words[2])
         else:
             assert found.trouble
