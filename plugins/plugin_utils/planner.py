@@ -115,7 +115,7 @@ def complete_policy(policy):
             raise PolicyError("reap_%s must be one of %s, not %r" % (key, ", ".join(allowed), full[key]))
     try:
         [re.compile(pattern) for pattern in full["reused_ids"]]
-    except (re.error, TypeError) as err:
+    except (re.error, TypeError, OverflowError, RecursionError) as err:
         raise PolicyError(
             "reap_reused_ids must be a list of regular expressions, not %r: %s" % (full["reused_ids"], err)
         ) from None

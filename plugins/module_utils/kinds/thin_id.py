@@ -199,7 +199,7 @@ def mapped(host):
     A name that holds a newline can only add to them.
     """
     listed = [dm.listing(host, "table", *options, "--target", "thin") for options in ((), ("--inactive",))]
-    pattern = re.compile(r" thin (\d+:\d+) (\d+)(?![^ \n])")
+    pattern = re.compile(" thin ([0-9]{1,10}:[0-9]{1,10}) ([0-9]{1,10})(?![^ \n])")
     return {(number, int(thin_id)) for text in listed for number, thin_id in pattern.findall(text)}
 
 
