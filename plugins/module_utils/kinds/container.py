@@ -18,6 +18,7 @@ from .. import resource as r
 KIND = "container"
 STOPS = True
 SETS_ASIDE = "running"
+TAKES = ("snapshot",)
 DEPENDS_ON = ()
 RULE = containerd.RULE
 
