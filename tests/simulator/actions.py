@@ -277,7 +277,9 @@ def clone(world):
     if host.machine == other.machine:
         return  # its own old ledger would come back with it, and nobody can tell
     host.machine = other.machine
-    with_ledger = world.random.random() < 0.5 and other.called == other.known_as
+    # A ledger may remember nothing, so neither may be called by a wrong name.
+    are_themselves = all(one.called == one.known_as for one in (host, other))
+    with_ledger = world.random.random() < 0.5 and are_themselves
     if with_ledger:
         host.lose_the_ledger()
         host.ledger, host.bound, host.is_latched = other.ledger, other.bound, other.is_latched

@@ -78,7 +78,8 @@ class Before:
         self.aside = {one: one.aside_since for one in host.everything() if one.aside_since is not None}
         self.full = dict(host.full)
         # Of how many VMs something could begin to go.
-        self.candidates = len({one.vm.vm_id for one in host.everything() if one.aside_since is None})
+        begun = {token["vm_id"] for token in host.ledger["intents"] if "since" not in token}
+        self.candidates = len(begun | {one.vm.vm_id for one in host.everything() if one.aside_since is None})
 
 
 class Run:
