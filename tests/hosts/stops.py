@@ -8,7 +8,6 @@ children, and the reaper is killed, with the child that has got there, right bef
 """
 
 import contextlib
-import ctypes
 import hashlib
 import json
 import mmap
@@ -24,7 +23,6 @@ sys.path.insert(0, "/tmp/reaper")
 from ansible_collections.microvm.reaper.plugins.module_utils import acts, evidence, gather, probe, safe_tree
 from ansible_collections.microvm.reaper.plugins.module_utils import journal as journals
 from ansible_collections.microvm.reaper.plugins.module_utils import ledger as ledgers
-from ansible_collections.microvm.reaper.plugins.module_utils import thin_pool
 from ansible_collections.microvm.reaper.plugins.module_utils.all_kinds import ORDER, TRAITS
 from ansible_collections.microvm.reaper.plugins.plugin_utils import planner
 

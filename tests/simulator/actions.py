@@ -5,8 +5,8 @@
 from __future__ import annotations
 
 from .control_plane import HONEST, LIES
-from .undoing import undo
 from .terms import REALM
+from .undoing import undo
 from .world import FLAVOURS, LOST_AT_REBOOT
 
 REUSED = range(10)
