@@ -453,7 +453,9 @@ class _Judge:
 
         What was set aside, and is to be seen where it lies now, is the ladder's.
         """
-        aside = {(held["kind"], held["identity"]) for held in self.facts["ledger"]["aside"] if held["state"] == ASIDE}
+        ledger = self.facts["ledger"]
+        # An intent too: of a reaper that was killed when it had set something aside, or was removing that.
+        aside = {(one["kind"], one["identity"]) for one in ledger["aside"] + ledger["intents"]}
         return [
             resource
             for kind in sorted(self.kinds, key=lambda kind: self.kinds[kind]["order"])

@@ -342,6 +342,14 @@ def test_row_30_killed_while_it_froze():
     assert names(result) == []
 
 
+def test_row_30_killed_while_it_removed_what_was_aside_and_can_be_seen():
+    ledger = aside(JAIL)
+    ledger = killed(plan(facts(now=9000.0, ledger=ledger), hold=HOLD), ledger)
+    seen = thing("jail", "v1", name="aside/v1", identity=JAIL["identity"], details={"aside": True})
+    again = plan(facts(seen, now=9100.0, ledger=ledger), hold=HOLD)
+    assert (steps(again), again["families"]) == ({"v1.jail": "remove"}, {})
+
+
 def test_row_30_killed_while_it_removed_what_was_aside():
     ledger = aside(JAIL)
     ledger = killed(plan(facts(now=9000.0, ledger=ledger), hold=HOLD), ledger)
