@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
 """The part of the benchmark that runs on a test host, as root. Standard library only.
 
-on_host.py load --options JSON       make cgroups, volumes, containers with their snapshots, and processes
+on_host.py load --options JSON       make cgroups, jails, volumes, containers with their snapshots, and processes
 on_host.py gather --options JSON     measure the module against the bare commands; print JSON
 on_host.py facts --options JSON      run the module; print its facts
-on_host.py removal --options JSON    measure the removal of orphans against the bare commands; print JSON
+on_host.py state --options {}        print all that can be told of what load makes, to see later what became of it
+on_host.py reap --options JSON       measure the removal of orphans by the module; print JSON
+on_host.py shell --options JSON      measure the removal of orphans by the bare commands; print JSON
 """
 
 import argparse
@@ -12,6 +14,7 @@ import base64
 import ctypes
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -23,6 +26,10 @@ from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
 PARENT = CGROUPS / "hyper"
+JAILER = Path("/srv/jailer")
+JAILS = JAILER / "firecracker"
+JAIL_DIRECTORIES = ("root", "root/dev", "root/run", "root/drives")
+JAIL_FILES = 40
 POOL = "hyper-thinpool"
 NAMESPACE = "obuilder"
 ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin:/opt/test", "LC_ALL": "C", "DM_DISABLE_UDEV": "1"}
@@ -67,34 +74,66 @@ def main() -> int:
 # --- the load
 
 
-def load(cgroups: int, volumes: int, containers: int, processes: int, first: int = 0) -> dict:
-    """Make everything; containers bring their snapshot. Returns what each kind must be found to have."""
-    ids = [vm_id(number) for number in range(first, first + max(cgroups, volumes))]
+def load(
+    cgroups: int, volumes: int, containers: int, processes: int, jails: int = 0, first: int = 0, blocks: int = 0
+) -> dict:
+    """Make everything; containers bring their snapshot, volumes ``blocks`` that are written to. Returns what each kind
+    must be found to have.
+    """
+    named = names(first, cgroups=cgroups, jails=jails, volumes=volumes, containers=containers)
     PARENT.mkdir(exist_ok=True)
-    for one in ids[:cgroups]:
-        (PARENT / one).mkdir()
+    for path in named["cgroups"]:
+        Path(path).mkdir()
+    if jails and not JAILER.is_mount():
+        JAILER.mkdir(exist_ok=True)
+        run("mount", "-t", "tmpfs", "tmpfs", str(JAILER))
+        JAILS.mkdir()
+    for path in named["jails"]:
+        make_jail(Path(path))
     if volumes and not Path("/dev/mapper", POOL).exists():
         run("mkpool", POOL, "768")
-    for number, one in enumerate(ids[:volumes], first):
-        run("dmsetup", "message", POOL, "0", f"create_thin {number}")
-        run("dmsetup", "create", f"hyper-rw-{one}", "--table", f"0 8192 thin /dev/mapper/{POOL} {number}")
+    for one in named["volumes"]:
+        run("dmsetup", "message", POOL, "0", f"create_thin {one['thin_id']}")
+        run("dmsetup", "create", one["name"], "--table", f"0 8192 thin /dev/mapper/{POOL} {one['thin_id']}")
+        if blocks:
+            fill(Path("/dev/mapper", one["name"]), blocks)
     if containers:
         run("ctr", "-n", NAMESPACE, "images", "import", "/opt/test/busybox.tar")
-    for number in range(first, first + containers):
-        run(
-            "ctr",
-            "-n",
-            NAMESPACE,
-            "containers",
-            "create",
-            "localhost/busybox:test",
-            f"obuilder-run-{number}",
-            "sleep",
-            "9",
-        )
+    for one in named["containers"]:
+        run("ctr", "-n", NAMESPACE, "containers", "create", "localhost/busybox:test", one, "sleep", "9")
     if processes:
-        sleepers([PARENT / one for one in ids[:cgroups]] or [CGROUPS], processes)
-    return {"cgroup": cgroups, "dm_thin": volumes, "container": containers, "snapshot": containers}
+        sleepers([Path(path) for path in named["cgroups"]] or [CGROUPS], processes)
+    made = {"cgroup": cgroups, "jail": jails, "dm_thin": volumes, "container": containers, "snapshot": containers}
+    return {kind: count for kind, count in made.items() if count}
+
+
+def names(first: int, cgroups: int, jails: int, volumes: int, containers: int) -> dict[str, list]:
+    """Return what there is to be made or removed: one VM has a cgroup, a jail and a volume, or else a container."""
+    ids = [vm_id(number) for number in range(first, first + max(cgroups, jails, volumes))]
+    return {
+        "cgroups": [str(PARENT / one) for one in ids[:cgroups]],
+        "jails": [str(JAILS / one) for one in ids[:jails]],
+        "volumes": [{"name": f"hyper-rw-{one}", "thin_id": first + n} for n, one in enumerate(ids[:volumes])],
+        "containers": [f"obuilder-run-{number}" for number in range(first, first + containers)],
+    }
+
+
+def make_jail(path: Path) -> None:
+    path.mkdir()
+    for name in JAIL_DIRECTORIES:
+        (path / name).mkdir()
+    for number in range(JAIL_FILES):
+        (path / JAIL_DIRECTORIES[number % len(JAIL_DIRECTORIES)] / f"file-{number}").write_bytes(b"x" * 1000)
+
+
+def fill(device: Path, blocks: int) -> None:
+    """Write to the first blocks of a volume, so that the pool has something to give back."""
+    descriptor = os.open(device, os.O_WRONLY)
+    try:
+        os.write(descriptor, b"x" * (65536 * blocks))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def vm_id(number: int) -> str:
@@ -277,30 +316,86 @@ def facts(module: str) -> dict:
     return json.loads(Path(OUTPUT).read_text())["ansible_facts"]["vm_resources"]
 
 
-def removal(module: str, first: int, count: int) -> dict:
-    """Remove ``count`` of each kind with the module, and as many more with bare commands in a shell loop."""
+def reap(module: str) -> dict:
+    """Run the module with its plan; return the seconds and what came of it."""
     seconds = timed(["python3", module], may_fail=True)
-    outcomes: dict[str, int] = {}
-    for one in json.loads(Path(OUTPUT).read_text())["outcomes"]:
+    answer = json.loads(Path(OUTPUT).read_text())
+    if "outcomes" not in answer:
+        raise RuntimeError(answer.get("msg", "the module said nothing"))
+    return {"seconds": seconds, "outcomes": counted(answer["outcomes"])}
+
+
+def counted(outcomes: list[dict]) -> dict[str, int]:
+    """Return how often which kind came to what."""
+    found: dict[str, int] = {}
+    for one in outcomes:
         key = " ".join([one["kind"], one["outcome"], *one["message"].split()[:12]])
-        outcomes[key] = outcomes.get(key, 0) + 1
-    load(count, count, count, 0, first)
-    lines = []
-    for number in range(first, first + count):
-        lines += [
-            # Takes the snapshot along.
-            f"ctr -n {NAMESPACE} containers rm obuilder-run-{number}",
-            f"dmsetup remove --noudevsync hyper-rw-{vm_id(number)}",
-            f"dmsetup message {POOL} 0 'delete {number}'",
-            f"rmdir {PARENT}/{vm_id(number)}",
-        ]
+        found[key] = found.get(key, 0) + 1
+    return found
+
+
+def shell(**of: int) -> dict:
+    """Remove what names() lists, by scripts that look at nothing before or after. Returns the seconds of each kind."""
+    named = names(**of)
+    commands = {
+        # Takes the snapshot along.
+        "container": [f"ctr -n {NAMESPACE} containers rm {one}" for one in named["containers"]],
+        "jail": [f"rm -rf {path}" for path in named["jails"]],
+        "dm_thin": [
+            f"dmsetup remove --noudevsync {one['name']}\ndmsetup message {POOL} 0 'delete {one['thin_id']}'"
+            for one in named["volumes"]
+        ],
+        "cgroup": [f"rmdir {path}" for path in named["cgroups"]],
+    }
     script = Path("/dev/shm/bench-removal.sh")
-    script.write_text("set -e\n" + "\n".join(lines) + "\n")
-    bare = timed(["dash", str(script)])
-    return {"seconds": seconds, "bare": bare, "outcomes": outcomes}
+    seconds = {}
+    for kind, lines in commands.items():
+        script.write_text("set -e\n" + "\n".join(lines) + "\n")
+        seconds[kind] = timed(["dash", str(script)])
+    return seconds
 
 
-ACTIONS: dict[str, Callable[..., dict]] = {"load": load, "gather": gather, "facts": facts, "removal": removal}
+def state() -> dict[str, str]:
+    """Return a text for each thing that load() made and is there still, not equal for one that was touched."""
+    found = {}
+    for path in sorted(PARENT.rglob("*")):
+        if path.is_dir():
+            found[str(path)] = f"inode {path.stat().st_ino}, processes {(path / 'cgroup.procs').read_text().split()}"
+    for path in sorted(JAILS.rglob("*")):
+        status = path.stat()
+        found[str(path)] = f"inode {status.st_ino}, changed {status.st_ctime_ns}"
+    for line in run("dmsetup", "info", "-c", "--noheadings", "-o", "name,uuid,major,minor,open,attr").splitlines():
+        name, _colon, rest = line.partition(":")
+        minor = rest.split(":")[2]
+        found[f"volume {name}"] = f"{rest}, sequence {Path(f'/sys/block/dm-{minor}/diskseq').read_text().strip()}"
+    found |= {f"thin id {thin_id}": text for thin_id, text in thin_ids().items()}
+    for what in ("containers", "snapshots"):
+        for line in run("ctr", "-n", NAMESPACE, what, "ls").splitlines()[1:]:
+            name = line.split()[0]
+            found[f"{what} {name}"] = run("ctr", "-n", NAMESPACE, what, "info", name)
+    return found
+
+
+def thin_ids() -> dict[str, str]:
+    """Return ``{thin id: what the pool's metadata say of it}``, active or not."""
+    number = run("dmsetup", "table", POOL).split()[3]
+    metadata = Path("/dev", Path("/sys/dev/block", number).resolve().name)
+    run("dmsetup", "message", POOL, "0", "reserve_metadata_snap")
+    try:
+        text = run("thin_dump", "--metadata-snap", "--skip-mappings", str(metadata))
+    finally:
+        run("dmsetup", "message", POOL, "0", "release_metadata_snap")
+    return dict(re.findall(r'<device dev_id="(\d+)" ([^>]*)>', text))
+
+
+ACTIONS: dict[str, Callable[..., dict]] = {
+    "load": load,
+    "gather": gather,
+    "facts": facts,
+    "state": state,
+    "reap": reap,
+    "shell": shell,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

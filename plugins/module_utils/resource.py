@@ -5,7 +5,7 @@
 Pure: no input or output. The shapes are those of the collection's contract:
 
 RESOURCE  ``{kind, name, vm_id, identity, in_use, holders, age_seconds, bytes, parent, details}``
-HOLDER    ``{type, name}`` and, where the holder is itself a resource of a known kind, ``kind``
+HOLDER    ``{type, name}`` and, where the holder is itself a resource of a known kind, ``kind``; see blame.py for more
 TOKEN     ``{kind, name, vm_id, identity, step, stop, details}``: one resource that is to go; ``step`` is one of STEPS
 OUTCOME   ``{kind, name, vm_id, outcome, message, bytes, holders}``
 """
@@ -166,7 +166,7 @@ def _compiled(kind, rule):
         raise RuleError("a %s rule needs 'name' (a regular expression with a group vm_id): %r" % (kind, rule))
     try:
         pattern = re.compile(text)
-    except re.error as err:
+    except (re.error, OverflowError, RecursionError) as err:
         raise RuleError("%s rule: 'name' is not a regular expression: %r: %s" % (kind, text, err)) from err
     if "vm_id" not in pattern.groupindex and not rule.get("label"):
         raise RuleError("%s rule: 'name' has no group (?P<vm_id>...): %r" % (kind, text))

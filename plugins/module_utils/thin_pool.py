@@ -12,24 +12,34 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import fcntl
 import json
 import os
 import re
+import time
 
 from . import dm
-from .probe import ProbeError, find_command
+from .probe import DeadlineExceeded, ProbeError, find_command
 
+LOCK_SECONDS = 5.0
 NOTES = "thin-metadata-snapshots.json"
+# In the place of a block: we are about to reserve one, and nobody had any. Whoever is killed then has it, or nobody.
+PENDING = "pending"
+LOCK = "thin-metadata-snapshots.lock"
+# Who keeps account of all volumes of a pool himself, by the beginning of its uuid (or that of a volume).
+MANAGERS = (("LVM-", "lvm"), ("stratis-", "stratis"))
 
 Pool = collections.namedtuple("Pool", "name uuid number incarnation")
 # ``trouble``: why nothing may be deleted in the pool, None for none. ``held``: block of its metadata snapshot.
 # ``full``: percent of its data or of its metadata, whichever is more.
 Health = collections.namedtuple("Health", "trouble held used_bytes full")
 
-_USED = re.compile(r"\d+/\d+")
-_SUPERBLOCK = re.compile(r'<superblock uuid="[^"]*" time="(\d+)" transaction="(\d+)"')
+# Of digits as the kernel writes them, and not more than it has: Python's int() takes others, and refuses thousands.
+_USED = re.compile(r"[0-9]{1,20}/[0-9]{1,20}")
+_SUPERBLOCK = re.compile(r'<superblock uuid="[^"]*" time="([0-9]{1,20})" transaction="([0-9]{1,20})"')
 _DEVICE = re.compile(
-    r'<device dev_id="(\d+)" mapped_blocks="(\d+)" transaction="(\d+)" creation_time="(\d+)" snap_time="(\d+)"'
+    r'<device dev_id="([0-9]{1,20})" mapped_blocks="([0-9]{1,20})" transaction="([0-9]{1,20})"'
+    r' creation_time="([0-9]{1,20})" snap_time="([0-9]{1,20})"'
 )
 
 
@@ -80,7 +90,7 @@ def parse_health(sectors, words, ours=None):
         trouble = "needs_check"
     elif words[4] not in ("rw", "out_of_data_space"):
         trouble = {"ro": "read-only"}.get(words[4], words[4])
-    elif held not in (None, ours):
+    elif held not in (None, ours) and ours != PENDING:
         trouble = "its metadata snapshot is held by somebody else (block %s)" % held
     else:
         trouble = None
@@ -100,6 +110,11 @@ def records(one, host):
     find_command("thin_dump")
     if host.state_dir is None:
         raise ProbeError("there is no state directory in which to note the metadata snapshot")
+    with _alone(host):
+        return _records(one, host)
+
+
+def _records(one, host):
     found = read_health(one, host)
     if found.trouble:
         raise ProbeError("pool %s: %s" % (one.name, found.trouble))
@@ -119,12 +134,15 @@ def records(one, host):
 def parse_dump(text):
     """Parse the XML of thin_dump, of which only numbers are looked at."""
     head = _SUPERBLOCK.search(text)
-    if not head or "</superblock>" not in text:
+    # A dump that was cut off has no end; two of them in one have it in the middle.
+    if not head or text.find("</superblock>") != len(text.rstrip()) - len("</superblock>"):
         raise ProbeError("thin_dump printed something else than a whole superblock")
     of_pool = [int(number) for number in head.groups()]
     found = {}
     for matched in _DEVICE.finditer(text):
         thin_id, mapped, transaction, created, snapped = (int(number) for number in matched.groups())
+        if thin_id in found:
+            raise ProbeError("thin_dump printed two devices %d" % thin_id)
         found[thin_id] = {"device": [transaction, created, snapped, mapped], "pool": of_pool}
     return found
 
@@ -141,9 +159,51 @@ def is_same(before, now):
     )
 
 
+def delete(one, thin_id, host):
+    """Delete a thin id that no device has; the kernel refuses any other. Returns ``(bytes, complaint)``.
+
+    The bytes are what the pool has free more than before. No complaint, "", when the id is gone.
+    """
+    before = read_health(one, host).used_bytes
+    rc, _out, err = dm.dmsetup(host, "message", "--", one.name, "0", "delete %d" % thin_id)
+    if rc != 0 and dm.NO_DATA not in err:
+        return 0, dm.reason(err) or "exit code %d" % rc
+    after = read_health(one, host).used_bytes
+    return max(before - after, 0) if before is not None and after is not None else 0, ""
+
+
+@contextlib.contextmanager
+def _alone(host):
+    """Keep other reapers out: they would take our metadata snapshot for one that was left behind, and release it."""
+    path = os.path.join(host.state_dir, LOCK)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        _lock(descriptor, time.monotonic() + LOCK_SECONDS)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor, deadline):
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise ProbeError("another reaper is reading the metadata of thin pools") from None
+            time.sleep(0.05)
+
+
 @contextlib.contextmanager
 def _snapshot(one, host):
-    _message(one, host, "reserve_metadata_snap")
+    _note(one, host, PENDING)
+    try:
+        _message(one, host, "reserve_metadata_snap")
+    except DeadlineExceeded:
+        raise  # it may still come to it
+    except ProbeError:
+        _note(one, host, None)
+        raise
     try:
         _note(one, host, read_health(one, host).held)
         yield
@@ -169,7 +229,7 @@ def _notes(host):
     try:
         with open(os.path.join(host.state_dir, NOTES), "rb") as stream:
             notes = json.loads(stream.read(1 << 20).decode())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return notes if isinstance(notes, dict) else {}
 

@@ -43,6 +43,11 @@ options:
 extends_documentation_fragment:
   - microvm.reaper.rules
 attributes:
+  action:
+    description: Indicates this has a corresponding action plugin so some parts of the options can be executed on the
+      controller.
+    support: partial
+    details: It shows what came of it.
   check_mode:
     description: Can run in check mode and return changed status prediction without modifying target.
     support: full

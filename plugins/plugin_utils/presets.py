@@ -28,14 +28,24 @@ def known():
     return sorted(name[:-len(".yml")] for name in os.listdir(DIRECTORY) if name.endswith(".yml"))
 
 
-def rules(presets, *, cgroup_roots=(), jail_bases=(), containerd_namespaces=(), containerd_address="", kinds=()):
+def rules(
+    presets,
+    *,
+    cgroup_roots=(),
+    jail_bases=(),
+    containerd_namespaces=(),
+    containerd_address="",
+    thin_pools=(),
+    kinds=(),
+):
     """Return ``{kind: [RULE]}`` of all presets together.
 
     ``presets`` are names of presets or mappings in their shape. Roots, bases, namespaces and address that are given
-    take the place of those in the presets: each rule is repeated for each of them. ``kinds`` limits the kinds.
+    take the place of those in the presets: each rule is repeated for each of them. ``thin_pools`` are pools that are
+    for VMs alone: their unmapped thin ids are looked at. ``kinds`` limits the kinds.
     """
     merged = {}
-    for preset in presets:
+    for preset in [*presets, *_of_pools(thin_pools, containerd_address)]:
         name, content = _load(preset)
         for kind, kind_rules in content["rules"].items():
             if kind not in BY_NAME:
@@ -55,6 +65,12 @@ def reused_ids(presets):
     return [pattern for preset in presets for pattern in _load(preset)[1].get("reused_ids") or []]
 
 
+def _of_pools(pools, address):
+    """Return what the role says by itself, as a preset: which pools hold the volumes of VMs and nothing else."""
+    more = {"address": address} if address else {}
+    return [{"rules": {"thin_id": [dict(more, pool=pool) for pool in pools]}}] if pools else []
+
+
 def _load(preset):
     if isinstance(preset, dict):
         return "(inline)", _shape("(inline)", preset)
@@ -71,9 +87,13 @@ def _shape(name, content):
     if not isinstance(reused, list) or not all(isinstance(pattern, str) for pattern in reused):
         raise PresetError("preset %s: 'reused_ids' must be a list of regular expressions" % name)
     for kind, kind_rules in content["rules"].items():
-        if not isinstance(kind_rules, list) or not all(isinstance(rule, dict) for rule in kind_rules):
+        if not isinstance(kind_rules, list) or not all(_is_rule(rule) for rule in kind_rules):
             raise PresetError("preset %s: the rules of %s must be a list of mappings" % (name, kind))
     return content
+
+
+def _is_rule(rule):
+    return isinstance(rule, dict) and all(isinstance(key, str) for key in rule)
 
 
 def _placed(kind, rule, cgroup_roots, jail_bases, namespaces, address):
@@ -93,9 +113,11 @@ def _check(name, kind, rule):
     result = ArgumentSpecValidator(BY_NAME[kind].RULE).validate(rule)
     if result.error_messages:
         raise PresetError("preset %s: a rule of %s: %s" % (name, kind, "; ".join(result.error_messages)))
-    if "name" in BY_NAME[kind].RULE:
-        try:
+    try:
+        if "name" in BY_NAME[kind].RULE:
             Names(kind, [result.validated_parameters])
-        except RuleError as err:
-            raise PresetError("preset %s: %s" % (name, err)) from err
+        if "evidence" in BY_NAME[kind].RULE:
+            BY_NAME[kind].log_globs([result.validated_parameters])
+    except RuleError as err:
+        raise PresetError("preset %s: %s" % (name, err)) from err
     return {key: value for key, value in result.validated_parameters.items() if value is not None}

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from ansible_collections.microvm.reaper.plugins.module_utils import acts
 from ansible_collections.microvm.reaper.plugins.module_utils import resource as r
-from unit.builders import TRAITS
+
+from .terms import TRAITS
 
 LASTING = ("remove", "set_aside", acts.BRING_BACK)
 

@@ -10,12 +10,11 @@ import re
 
 from ansible_collections.microvm.reaper.plugins.plugin_utils import planner
 from ansible_collections.microvm.reaper.plugins.plugin_utils.facts import vm_ids
-from unit.builders import TRAITS
 
 from .control_plane import HONEST
 from .story import Violation
 from .sweeper import CALM, Hands, listed, listed_anywhere, share
-from .terms import CHANCES, LAG, PLACES, REALM
+from .terms import CHANCES, LAG, PLACES, REALM, TRAITS
 
 
 def check(world, run, batch):

@@ -11,12 +11,11 @@ from ansible_collections.microvm.reaper.plugins.module_utils import resource as 
 from ansible_collections.microvm.reaper.plugins.module_utils.ledger import LedgerError
 from ansible_collections.microvm.reaper.plugins.plugin_utils import brake, manifest, planner
 from ansible_collections.microvm.reaper.plugins.plugin_utils.facts import vm_ids
-from unit.builders import TRAITS
 
 from . import actions, person
 from .control_plane import HONEST
 from .hands import Hands, Killed
-from .terms import BEYOND, MAX_AGE, REALM
+from .terms import BEYOND, MAX_AGE, REALM, TRAITS
 
 CAPS_LIFTED = {"max_per_fleet": BEYOND, "max_percent": 100, "percent_floor": 2}
 UNDETECTABLE = ("glitch", "bare")

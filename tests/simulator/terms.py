@@ -8,6 +8,10 @@ import dataclasses
 import random
 
 from ansible_collections.microvm.reaper.plugins.plugin_utils import planner
+from unit import builders
+
+# What nobody names belongs to no VM of the model.
+TRAITS = {kind: traits for kind, traits in builders.TRAITS.items() if kind != "thin_id"}
 
 REALM = "prod"
 # What the reaper relies on: a VM is on the list this many seconds after the first of its things at the latest, and the

@@ -29,8 +29,16 @@ TRAITS = {
         "aside": "always",
         "takes": [],
     },
-    "cgroup": {"order": 4, "stops": True, "depends_on": [], "resumes": False, "aside": "running", "takes": []},
-    "zombie": {"order": 5, "stops": False, "depends_on": [], "resumes": False, "aside": None, "takes": []},
+    "thin_id": {
+        "order": 4,
+        "stops": False,
+        "depends_on": ["container", "snapshot", "dm_thin"],
+        "resumes": False,
+        "aside": None,
+        "takes": [],
+    },
+    "cgroup": {"order": 5, "stops": True, "depends_on": [], "resumes": False, "aside": "running", "takes": []},
+    "zombie": {"order": 6, "stops": False, "depends_on": [], "resumes": False, "aside": None, "takes": []},
 }
 
 

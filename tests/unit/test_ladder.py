@@ -194,6 +194,19 @@ def test_what_runs_is_frozen_first_where_its_kind_waits():
     assert lives["ledger"]["aside"] == ledger["aside"]
 
 
+def test_what_a_frozen_process_uses_is_left_alone_until_that_ends():
+    things = [thing("cgroup", "v1", in_use=True), thing("jail", "v1", in_use=True)]
+    how = {"hold": {"cgroup": 600, "jail": 600}, "running": "confirmed"}
+    before = remembered(plan(facts(*things), **how))
+    first = plan(facts(*things, now=1060.0, ledger=before), **how)
+    assert steps(first) == {"v1.cgroup": "aside"} and verdicts(first)["v1.jail"] == "held"
+    ledger = carried_out(first, before, in_sight=True)
+    then = plan(facts(*things, now=1100.0, ledger=ledger), **how)
+    assert (names(then), then["ledger_changed"]) == ([], False)
+    last = plan(facts(*things, now=1660.0, ledger=ledger), **how)
+    assert steps(last) == {"v1.cgroup": "remove", "v1.jail": "aside"}
+
+
 def test_a_container_waits_for_its_snapshot_which_would_go_with_it():
     container = thing("container", "v1", in_use=True)
     snapshot = thing("snapshot", "v1", holders=[r.holder("container", "v1.container", kind="container")])

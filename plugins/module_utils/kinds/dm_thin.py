@@ -35,10 +35,10 @@ RULE = {
 # Whatever probes new and changed block devices, udevd for one, opens them for moments.
 BUSY_TRIES = 5
 BUSY_PAUSE = 0.2
-# Volumes that other managers keep account of, by the beginning of their own or their pool's uuid.
-MANAGERS = (("LVM-", "lvm"), ("stratis-", "stratis"))
 TAG = "microvm-reaper-"
 FAILED_POOL = ["Fail"]
+_COUNT = re.compile("[0-9]{1,20}")
+_NUMBERS = re.compile("[0-9]{1,10}:[0-9]{1,10} [0-9]{1,10}")
 
 Volume = collections.namedtuple("Volume", "device pool thin_id sectors")
 
@@ -135,6 +135,23 @@ def remove(token, rules, host):
     return refused or _delete(token, volume.pool, volume.thin_id, host)
 
 
+def witness(token, _rules, host):
+    """Return the table, status and other state of the volume and the status of its pool; four commands for all."""
+    if not _is_there(token, host):
+        raise ProbeError("it is not active any more, or another volume has its name now")
+    name, pool = token["name"], token["details"]["pool"]
+    told = [
+        ("info of the volume", host.once("dm info", lambda: dm.devices(host)).get(token["details"]["device"])),
+        ("table of the volume", host.once("dm table thin", lambda: dm.tables(host, "thin")).get(name)),
+        ("status of the volume", host.once("dm status thin", lambda: dm.statuses(host, "thin")).get(name)),
+        ("status of the pool", host.once("dm status thin-pool", lambda: dm.statuses(host, "thin-pool")).get(pool)),
+    ]
+    lines = ["%s: %s" % (what, " ".join("%s=%s" % pair for pair in one._asdict().items()) if one else "none")
+             for what, one in told]
+    source = "dmsetup info, table, status, of all volumes at once: %s in pool %s" % (name, pool)
+    return [{"title": KIND, "source": source, "text": "\n".join(lines) + "\n"}]
+
+
 def _records(number, host):
     """Return what the metadata of a pool say, nothing where they cannot be read."""
     pool = thin_pool.pool(number)
@@ -189,7 +206,7 @@ def _volume(device, table, pool_of):
     if table.words == FAILED_POOL:
         pool = next((pool for pool in map(pool_of, dm.built_on(device.number)) if pool), None)
         return Volume(device, pool, None, table.sectors) if pool else None
-    if len(table.words) < 2 or not re.fullmatch(r"\d+:\d+", table.words[0]) or not table.words[1].isdigit():
+    if len(table.words) < 2 or not _NUMBERS.fullmatch(" ".join(table.words[:2])):
         return None
     pool = pool_of(table.words[0])
     return Volume(device, pool, int(table.words[1]), table.sectors) if pool else None
@@ -216,7 +233,7 @@ def _describe(volume, vm_id, status, trouble, host):
         in_use=device.open > 0,
         holders=on_it + _holders(device, pool, trouble),
         age_seconds=_age(device.number),
-        bytes_used=int(words[0]) * dm.SECTOR if words and words[0].isdigit() else None,
+        bytes_used=int(words[0]) * dm.SECTOR if words and _COUNT.fullmatch(words[0]) else None,
         details={
             "pool": pool.name,
             "pool_uuid": pool.uuid,
@@ -232,7 +249,7 @@ def _describe(volume, vm_id, status, trouble, host):
 def _holders(device, pool, trouble):
     """Return what forbids the removal of a volume, whoever has it open."""
     found = []
-    for prefix, manager in MANAGERS:
+    for prefix, manager in thin_pool.MANAGERS:
         if device.uuid.startswith(prefix) or pool.uuid.startswith(prefix):
             found.append(r.holder(manager, device.name))
     if re.fullmatch(re.escape(pool.name) + r"-snap-\d+", device.name):
@@ -354,18 +371,15 @@ def _deactivate(token, volume, host):
 
 def _delete(token, pool, thin_id, host):
     """Delete a thin id that no device uses any more. ``bytes`` is what the pool has free more than before."""
-    before = thin_pool.read_health(pool, host).used_bytes
     where = "thin id %d of pool %s" % (thin_id, pool.name)
     if dm.incarnation(pool.number) != pool.incarnation:
         left = r.outcome(token, r.FAILED, "deactivated, but %s remains: the pool was deactivated too" % where)
         return dict(left, unfinished=True)
-    rc, _out, err = dm.dmsetup(host, "message", "--", pool.name, "0", "delete %d" % thin_id)
-    if rc != 0 and dm.NO_DATA not in err:
-        left = r.outcome(token, r.FAILED, "deactivated, but %s remains: %s" % (where, dm.reason(err)))
+    given_back, complaint = thin_pool.delete(pool, thin_id, host)
+    if complaint:
+        left = r.outcome(token, r.FAILED, "deactivated, but %s remains: %s" % (where, complaint))
         return dict(left, unfinished=True)
-    after = thin_pool.read_health(pool, host).used_bytes
-    given_back = before - after if before is not None and after is not None else 0
-    return r.outcome(token, r.REAPED, bytes_given_back=max(given_back, 0))
+    return r.outcome(token, r.REAPED, bytes_given_back=given_back)
 
 
 def _resumable(token, rules, host):

@@ -18,9 +18,9 @@ import os
 import re
 import time
 
-from .. import mounts, processes, safe_tree
+from .. import blame, mounts, processes, safe_read, safe_tree
 from .. import resource as r
-from ..probe import Absent, boottime
+from ..probe import Absent, ProbeError, boottime
 
 KIND = "jail"
 STOPS = False
@@ -32,11 +32,16 @@ RULE = {
     "base": {"type": "str", "required": True},
     "exec": {"type": "str", "default": DEFAULT_EXEC},
     "name": {"type": "str", "required": True},
+    "evidence": {"type": "list", "elements": "str"},
 }
 
 # One act must end well before the reaper gives up on it; a tree that takes longer is finished in later sweeps.
 REMOVE_SECONDS = 20.0
 RESERVE_SECONDS = 0.5
+MAX_HOLDERS = 20
+# How much a witness tells of a jail.
+MAX_LISTED, LISTED_DEPTH = 300, 6
+MAX_LOGS, LOG_BYTES = 10, 64 * 1024
 
 
 def collect(rules, host):
@@ -87,6 +92,63 @@ def remove(token, rules, host):
     return _with_tree(token, rules, lambda token, tree: _refusal(token, tree) or _remove(token, tree, host))
 
 
+def witness(token, rules, host):
+    """Return the listing of the jail, what is mounted in it, and the ends of the logs that the rules name."""
+    place = _locate(token, rules)
+    if place is None:
+        raise ProbeError("not below a configured jail base, or not the name of this VM")
+    table = host.once("mounts", mounts.read)
+    with safe_tree.Tree(*place) as tree:
+        if tree.identity() != token["identity"]:
+            raise ProbeError("another jail of the same name is there now")
+        reader = safe_read.Reader(tree, table)
+        lines = reader.listing(MAX_LISTED, LISTED_DEPTH)
+        told = [{"title": "jail-listing", "source": token["name"], "text": "\n".join(lines) + "\n"}]
+        mounted = ["%s on %s" % (one.kind, safe_tree.shown(one.point)) for one in mounts.below(table, tree.path)]
+        if mounted:
+            told.append({"title": "jail-mounts", "source": "/proc/self/mountinfo", "text": "\n".join(mounted) + "\n"})
+        for names in reader.matching(log_globs(_rules_of(token, rules)), MAX_LOGS):
+            told.append(_end_of_log(token, reader, names))
+    return told
+
+
+def logs_of(outcome, rules):
+    """Return ``(base, names below it, globs)``: where a jail lies that was moved aside, and which logs are in it."""
+    path = (outcome.get("aside") or {}).get("path") or ""
+    for base in _bases(rules):
+        place = os.path.realpath(base)
+        names = path[len(place) + 1 :].split("/")
+        if path.startswith(place + "/") and not {"", ".", ".."}.intersection(names):
+            return place, names, log_globs(_rules_of(outcome, rules))
+    raise ProbeError("%s is not below a configured jail base" % safe_tree.shown(path))
+
+
+def log_globs(rules):
+    """Return the globs, relative to a jail, of the logs that the rules name. Raises RuleError."""
+    found = []
+    for rule in rules:
+        for pattern in rule.get("evidence") or ():
+            if {"", ".", ".."}.intersection(pattern.split("/")):
+                raise r.RuleError("jail rule: 'evidence' must be globs relative to the jail: %r" % pattern)
+            found += [pattern] if pattern not in found else []
+    return found
+
+
+def _rules_of(item, rules):
+    """Return the rules of the base that a token or an outcome is of."""
+    return [rule for base, of_base in _bases(rules).items() if item["name"].startswith(base + "/") for rule in of_base]
+
+
+def _end_of_log(token, reader, names):
+    shown = safe_read.shown(names)
+    try:
+        data, notes = reader.end_of(names, LOG_BYTES)
+    except safe_read.Unreadable as err:
+        data, notes = b"not read: " + str(err).encode(), []
+    source = "; ".join(["%s/%s" % (token["name"], shown)] + notes)
+    return {"title": "jail-log-" + shown, "source": source, "text": data.decode("utf-8", "replace")}
+
+
 def _with_tree(token, rules, act, where=None):
     """Open the jail of a token, where ``where(names, identity)`` says, and act on it."""
     place = _locate(token, rules)
@@ -106,9 +168,11 @@ def _refusal(token, tree, path=None):
     if tree.identity() != token["identity"]:
         return r.outcome(token, r.IDENTITY_CHANGED, "another jail of the same name is there now")
     path = path or tree.path
-    pids = _inside({path}, processes.places(mounts.read()))[path]
-    if pids:
-        holders = [processes.holder(pid) for pid in sorted(pids)[:20]]
+    by = collections.defaultdict(list)
+    for pid, name in _inside({path}, processes.places(mounts.read()))[path]:
+        by[pid].append(name)
+    if by:
+        holders = [blame.process(pid, by[pid]) for pid in sorted(by)[:MAX_HOLDERS]]
         return r.outcome(token, r.DEFERRED, "processes are in it", holders=[one for one in holders if one])
     return None
 
@@ -243,6 +307,10 @@ def _bases(rules):
         base = rule["base"].rstrip("/")
         if not base or not base.startswith("/") or os.path.normpath(base) != base:
             raise r.RuleError("jail rule: 'base' must be an absolute path, not the root: %r" % rule["base"])
+        try:
+            re.compile(_exec(rule))
+        except (re.error, OverflowError, RecursionError) as err:
+            raise r.RuleError("jail rule: 'exec' is not a regular expression: %r: %s" % (rule["exec"], err)) from err
         found[base].append(rule)
     return found
 
