@@ -65,7 +65,9 @@ def health(one, statuses, host):
 
 def read_health(one, host):
     """Return the Health of a pool as it is now."""
-    return health(one, dm.statuses(host, "thin-pool"), host)
+    line = dm.status(one.number, "thin-pool")
+    is_it = line is not None and dm.attribute(one.number, "dm/name") == one.name
+    return health(one, {one.name: line} if is_it else {}, host)
 
 
 def parse_health(sectors, words, ours=None):
