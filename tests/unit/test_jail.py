@@ -140,6 +140,16 @@ def removed(path, rules, host):
     return jail.remove(token(path, rules, host), rules, host)
 
 
+def aside_of(path):
+    """Return where a jail is that was moved aside."""
+    (found,) = (path.parent / jail.ASIDE).glob("*/" + path.name)
+    return found
+
+
+def left_in(path):
+    return "; what is left of it is %s" % path
+
+
 def result(outcome):
     return None if outcome is None else outcome["outcome"]
 
@@ -474,10 +484,11 @@ def test_a_bind_mount_that_appears_after_the_unmounting_is_not_descended_into(
     one = token(path, rules, host)
     unmount = safe_tree.Tree.unmount
     monkeypatch.setattr(
-        safe_tree.Tree, "unmount", lambda tree: unmount(tree) or mount(sentinel, path / "bind", None, MS_BIND)
+        safe_tree.Tree, "unmount", lambda tree: unmount(tree) or mount(sentinel, tree.path + "/bind", None, MS_BIND)
     )
     outcome = jail.remove(one, rules, host)
-    assert (outcome["outcome"], outcome["message"]) == (r.DEFERRED, "mounted: bind")
+    assert (outcome["outcome"], outcome["message"]) == (r.DEFERRED, "mounted: bind" + left_in(aside_of(path)))
+    assert outcome["unfinished"]
     monkeypatch.undo()
     assert result(jail.remove(one, rules, host)) == r.REAPED
 
@@ -545,7 +556,7 @@ def test_a_mount_that_is_busy_is_named_and_nothing_removed(base, rules, host, na
     with open(path / "root" / "dev" / "open", "w"):
         outcome = removed(path, rules, host)
         assert (outcome["outcome"], outcome["message"]) == (r.DEFERRED, "mounted: %s/root/dev" % path)
-        assert (path / "root" / "firecracker").exists()
+        assert (path / "root" / "firecracker").exists() and "unfinished" not in outcome
     assert result(removed(path, rules, host)) == r.REAPED
 
 
@@ -559,9 +570,10 @@ def test_an_immutable_file_is_left_and_named(base, rules, host):
         one = token(path, rules, host)
         outcome = jail.remove(one, rules, host)
     finally:
-        subprocess.run(["chattr", "-i", str(path / "root" / "firecracker")], check=True)
-    assert outcome["outcome"] == r.FAILED
-    assert outcome["message"] == "firecracker: Operation not permitted, perhaps immutable or append-only: see lsattr"
+        subprocess.run(["chattr", "-i", str(aside_of(path) / "root" / "firecracker")], check=True)
+    assert (outcome["outcome"], outcome["unfinished"]) == (r.FAILED, True)
+    why = "firecracker: Operation not permitted, perhaps immutable or append-only: see lsattr"
+    assert outcome["message"] == why + left_in(aside_of(path))
     assert result(jail.remove(one, rules, host)) == r.REAPED
 
 
@@ -601,29 +613,30 @@ def test_a_removal_that_takes_too_long_goes_on_in_the_next_sweep(base, rules, ho
     outcome = jail.remove(one, rules, host)
     assert outcome["outcome"] == r.DEFERRED
     assert "next sweep" in outcome["message"]
-    left = len(os.listdir(path))
+    left = len(os.listdir(aside_of(path)))
     assert 0 < left < 3000
-    assert outcome["bytes"] > 0
+    assert outcome["bytes"] > 0 and outcome["unfinished"]
     monkeypatch.undo()
     assert result(jail.remove(one, rules, host)) == r.REAPED
 
 
 def test_a_jail_that_is_exchanged_while_it_is_removed_stays(base, rules, host, monkeypatch):
     path, other = make(base), base / "firecracker" / "other"
-    run = safe_tree.Removal.run
+    run, moved = safe_tree.Removal.run, []
 
     def exchanged(removal):
         run(removal)
-        path.rename(other)
-        path.mkdir()
+        moved.append(aside_of(path))
+        moved[0].rename(other)
+        moved[0].mkdir()
 
     monkeypatch.setattr(safe_tree.Removal, "run", exchanged)
     outcome = removed(path, rules, host)
     assert (outcome["outcome"], outcome["message"]) == (
         r.DEFERRED,
-        "another directory of the same name took its place",
+        "another directory of the same name took its place" + left_in(moved[0]),
     )
-    assert path.is_dir()
+    assert moved[0].is_dir()
 
 
 RACER = """
