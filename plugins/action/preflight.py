@@ -12,7 +12,8 @@ from ansible import constants as C
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 from ansible.plugins.action import ActionBase
 from ansible_collections.microvm.reaper.plugins.module_utils.all_kinds import TRAITS
-from ansible_collections.microvm.reaper.plugins.plugin_utils import inputs, sources
+from ansible_collections.microvm.reaper.plugins.module_utils.resource import VM_ID
+from ansible_collections.microvm.reaper.plugins.plugin_utils import inputs, publishing, sources
 from ansible_collections.microvm.reaper.plugins.plugin_utils.manifest import ManifestError
 from ansible_collections.microvm.reaper.plugins.plugin_utils.planner import (
     DEFAULT_POLICY,
@@ -23,6 +24,8 @@ from ansible_collections.microvm.reaper.plugins.plugin_utils.planner import (
 from ansible_collections.microvm.reaper.plugins.plugin_utils.presets import PresetError, rules
 from ansible_collections.microvm.reaper.plugins.plugin_utils.variables import PREFIX, role_spec, unknown
 from ansible_collections.microvm.reaper.plugins.plugin_utils.words import enumerate_hosts
+
+MOST_THIN_ID = (1 << 24) - 1
 
 
 class ActionModule(ActionBase):
@@ -88,7 +91,7 @@ def _impossible(parameters):
     """Return what the types allow and the meaning does not."""
     problems = []
     try:
-        rules(parameters["reap_presets"], kinds=parameters["reap_kinds"])
+        rules(parameters["reap_presets"], thin_pools=parameters["reap_thin_pools"], kinds=parameters["reap_kinds"])
         if not parameters["reap_presets"]:
             problems.append("reap_presets is empty: nothing would be looked at")
     except PresetError as err:
@@ -106,9 +109,16 @@ def _impossible(parameters):
         known = [*TRAITS, *GRADES]
         for key in sorted(str(key) for key in set(parameters["reap_hold"]) - set(known)):
             problems.append("reap_hold has a value for %r, which is none of %s" % (key, ", ".join(known)))
-    for name in ("reap_deadline", "reap_manifest_max_age"):
+    problems += _of_thin_pools(parameters["reap_unmapped_thin_ids"], parameters["reap_thin_pools"])
+    for name in ("reap_deadline", "reap_manifest_max_age", "reap_evidence_seconds", "reap_evidence_bytes"):
         if parameters[name] <= 0:
             problems.append("%s must be more than 0, not %r" % (name, parameters[name]))
+    if not 1 <= parameters["reap_evidence_percent"] <= 50:
+        problems.append("reap_evidence_percent must be from 1 to 50, not %r" % parameters["reap_evidence_percent"])
+    if parameters["reap_evidence_max_bytes"] < 0:
+        problems.append("reap_evidence_max_bytes must not be less than 0")
+    if parameters["reap_webhook_url"] and publishing.shown(parameters["reap_webhook_url"]) is None:
+        problems.append("reap_webhook_url must be a URL of http or https, such as https://control.example/hook")
     directory = parameters["reap_save_inputs"]
     why = inputs.unwritable(directory) if directory else None
     if why:
@@ -117,3 +127,16 @@ def _impossible(parameters):
             "the variable empty" % (directory, why)
         )
     return problems
+
+
+def _of_thin_pools(wanted, pools):
+    if wanted != "false" and not pools:
+        return [
+            "reap_unmapped_thin_ids is %s, and reap_thin_pools is empty: name the thin pools that hold volumes of VMs and "
+            "nothing else" % wanted
+        ]
+    return [
+        "reap_thin_pools: %r is not a name that the pool of a VM can have: letters, digits and ._:@+-" % pool
+        for pool in pools
+        if not VM_ID.fullmatch("thin:%s:%d" % (pool, MOST_THIN_ID))
+    ]

@@ -38,7 +38,13 @@ class ActionModule(ActionBase):
         first = next(iter(known.values()), {})
         manifest = (first.get(names["manifest"]) or {}).get("manifest")
         abort = _abort(first, names)
-        how = {"check_mode": self._task.check_mode, "abort": abort, "sweep": arguments["sweep"]}
+        published = first.get(names.get("published")) or {}
+        how = {
+            "check_mode": self._task.check_mode,
+            "abort": abort,
+            "sweep": arguments["sweep"],
+            "unpublished": published.get("error"),
+        }
         text = report.text(arguments["realm"], manifest, hosts, **how)
         Display().display(text)
         document = report.as_json(arguments["realm"], manifest, hosts, **how)
@@ -60,6 +66,7 @@ def _host(variables, names):
         "plan": plan,
         "outcomes": done.get("outcomes") or [],
         "busy": done.get("busy"),
+        "evidence": done.get("evidence"),
         "error": done.get("msg") if done.get("failed") and not done.get("outcomes") and not refused else None,
         "refused": refused,
         "absent": unread.get("absent", {}),
@@ -100,7 +107,8 @@ def _write(path, document):
     if before.get("run") == run:
         for key in ("hosts", "kinds"):
             document[key] = dict(before[key], **document[key])
-        document["stopped"] = document["stopped"] or before["stopped"]
+        for key in ("stopped", "unpublished"):
+            document[key] = document[key] or before.get(key)
     temporary = "%s.new" % path
     with open(temporary, "w", encoding="utf-8") as stream:
         json.dump(dict(document, run=run), stream, indent=1, sort_keys=True)

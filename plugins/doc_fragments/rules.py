@@ -32,6 +32,11 @@ _RULES = {
           description: Regular expression for the whole name of a VM's jail, with a group C(vm_id).
           type: str
           required: true
+        evidence:
+          description:
+            - Globs, relative to the jail, of the logs that go into the evidence of a VM before its jail is removed.
+          type: list
+          elements: str
         """,
     "dm_thin": """
         name:
@@ -82,6 +87,16 @@ _RULES = {
           type: str
         address:
           description: The socket of containerd.
+          type: str
+          default: /run/containerd/containerd.sock
+        """,
+    "thin_id": """
+        pool:
+          description: The device-mapper name of a thin pool that holds volumes of VMs and nothing else.
+          type: str
+          required: true
+        address:
+          description: The socket of containerd, whose devmapper snapshotter may have volumes in a pool.
           type: str
           default: /run/containerd/containerd.sock
         """,

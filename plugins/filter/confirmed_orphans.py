@@ -31,9 +31,9 @@ options:
   policy:
     description:
       - The policy. C(realm) and C(host) are required. The others are those of the role without C(reap_), namely
-        C(strikes), C(strike_interval), C(hold), C(min_age), C(running), C(zombies), C(keep), C(expect_empty),
-        C(max_per_host), C(max_percent_per_host), C(max_shrink_percent), C(percent_floor), C(reused_ids),
-        C(adopt_host) and C(clear_latch).
+        C(strikes), C(strike_interval), C(hold), C(min_age), C(running), C(zombies), C(zombies_restart_units), C(keep),
+        C(expect_empty), C(max_per_host), C(max_percent_per_host), C(max_shrink_percent), C(percent_floor),
+        C(reused_ids), C(adopt_host) and C(clear_latch).
     type: dict
     required: true
 """

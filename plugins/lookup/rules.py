@@ -38,6 +38,12 @@ options:
     description: The socket of containerd that takes the place of the one in the presets.
     type: str
     default: ''
+  thin_pools:
+    description: Thin pools that hold volumes of VMs and nothing else, by their device-mapper names. The thin ids in them
+      that no device maps are looked at.
+    type: list
+    elements: str
+    default: []
   want:
     description: The rules, or the patterns of ids that the platforms use again.
     type: str
@@ -74,7 +80,7 @@ class LookupModule(LookupBase):
     def run(self, terms, variables=None, **kwargs):
         """Return the rules as the only element."""
         self.set_options(var_options=variables, direct=kwargs)
-        names = ("cgroup_roots", "jail_bases", "containerd_namespaces", "containerd_address", "kinds")
+        names = ("cgroup_roots", "jail_bases", "containerd_namespaces", "containerd_address", "thin_pools", "kinds")
         try:
             if self.get_option("want") == "reused_ids":
                 return [reused_ids(terms)]

@@ -159,7 +159,7 @@ def foresee(tokens, hands):
     return [_foreseen(token, hands.do("inspect", token), going, stopping) for token in tokens]
 
 
-def spared(plan, spare):
+def spared(plan, spare, because="spared"):
     """Return the plan without the VMs in ``spare``, ``{vm_id: why}``, and the OUTCOMEs of what it does not do then.
 
     A removal that was begun in an earlier sweep is remembered on.
@@ -167,7 +167,7 @@ def spared(plan, spare):
     left = [token for token in plan["reap"] if token["vm_id"] in spare]
     ledger = _remembering(plan["ledger"], [one for one in left if one.get("resume") or "since" in one])
     going = [token for token in plan["reap"] if token["vm_id"] not in spare]
-    outcomes = [r.outcome(token, r.DEFERRED, "spared: %s" % spare[token["vm_id"]]) for token in left]
+    outcomes = [r.outcome(token, r.DEFERRED, "%s: %s" % (because, spare[token["vm_id"]])) for token in left]
     return dict(plan, reap=going, ledger=ledger), outcomes
 
 
@@ -182,10 +182,11 @@ def _foreseen(token, found, going, stopping):
     return found
 
 
-def apply(plan, hands, state_dir, realm, tell=lambda problem: None, sweep=None):
+def apply(plan, hands, state_dir, realm, tell=lambda problem: None, sweep=None, evidence=None):
     """Carry out ``plan`` under the host's lock; return the outcomes. Raises Busy or LedgerError before any act.
 
-    ``tell`` hears, after the acts, what of them could not be written down. ``sweep`` is the id of the sweep.
+    ``tell`` hears, after the acts, what of them could not be written down. ``sweep`` is the id of the sweep,
+    ``evidence`` an evidence.Evidence, or None where none is to be kept.
     """
     with ledgers.Lock(state_dir):
         ledger = ledgers.load(state_dir, realm)[0]
@@ -194,8 +195,10 @@ def apply(plan, hands, state_dir, realm, tell=lambda problem: None, sweep=None):
                 "another reaper has written this host's ledger since the plan was made (generation %d, now %d)"
                 % (plan["generation"], ledger["generation"])
             )
-        tokens = hands.prepare(plan["reap"])
         journal = journals.Journal(state_dir, realm, sweep)
+        lacking = evidence.take(plan, hands, journal.sweep) if evidence else {}
+        plan, left = spared(plan, lacking, "no evidence")
+        tokens = hands.prepare(plan["reap"])
         try:
             journal.intents(plan, tokens)
             decided = dict(ledger, **plan["ledger"])
@@ -205,7 +208,7 @@ def apply(plan, hands, state_dir, realm, tell=lambda problem: None, sweep=None):
                 "%s; nothing was removed, because a sweep that cannot remember must not reap" % err
             ) from err
         if not tokens:
-            return []
+            return left
         with journal.writing(tell):
             outcomes = carry_out(tokens, hands, list(hands.kinds), journal.outcome)
         # What was done has to be told even if it cannot be written down: the intents stay, the next sweep settles them.
@@ -215,7 +218,9 @@ def apply(plan, hands, state_dir, realm, tell=lambda problem: None, sweep=None):
             ledgers.save(state_dir, realm, after)
         except ledgers.LedgerError as err:
             tell("what was done could not be written down: %s" % err)
-        return outcomes
+        if evidence:
+            evidence.follow(outcomes)
+        return outcomes + left
 
 
 def undo(is_meant, hands, state_dir, realm, until, tell=lambda problem: None):

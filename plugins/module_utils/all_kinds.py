@@ -19,6 +19,11 @@ Adding a kind is adding a file in kinds/ and naming it in ORDER. A kind is a mod
 ``remove(token, rules, host)``   -> OUTCOME; re-reads the identity itself, acts, and verifies that it is gone. With
                                  token["resume"] of what was set aside, or half removed
 
+``witness(token, rules, host)`` -> optional: ``[{"title", "source", "text"}]``, what there is to see of the object that
+                                 the token names, for the evidence kept of it (evidence.py); what it cuts it says. Reads
+                                 only, and is called in a child of its own, before the acts. ``host.once()`` reads what
+                                 is the same for all tokens
+``logs_of(outcome, rules)``      -> optional: ``(base, names below it, globs)`` of the logs of what was moved aside
 ``prepare(tokens, rules, host)`` -> optional: ``{name: details to add}`` to tokens of the kind, before anything is done
 ``set_aside(token, rules, host)`` -> only where SETS_ASIDE: OUTCOME set_aside (with ``in_sight`` where collect() goes
                                  on to find it), or as inspect(). One that could not be brought back is deferred
@@ -34,9 +39,9 @@ Every function may raise ProbeError or OSError; the caller turns these into a fa
 
 from __future__ import annotations
 
-from .kinds import cgroup, container, dm_thin, jail, snapshot, zombie
+from .kinds import cgroup, container, dm_thin, jail, snapshot, thin_id, zombie
 
-ORDER = (container, snapshot, jail, dm_thin, cgroup, zombie)
+ORDER = (container, snapshot, jail, dm_thin, thin_id, cgroup, zombie)
 
 BY_NAME = {kind.KIND: kind for kind in ORDER}
 # What the planner needs to know of the kinds, as data: it imports nothing that touches a host.

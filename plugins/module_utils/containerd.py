@@ -8,6 +8,8 @@ The tables hold only the fields that are used; their numbers are those of contai
 
 from __future__ import annotations
 
+import calendar
+import json
 import os
 import re
 import signal
@@ -28,9 +30,15 @@ RULE = {
     "label": {"type": "str"},
     "address": {"type": "str", "default": ADDRESS},
 }
+SNAPSHOTTERS = "io.containerd.snapshotter.v1"
 GC_ROOT = "containerd.io/gc.root"
 GC_REFERENCE = "containerd.io/gc.ref.snapshot."
+GC_BACK_REFERENCE = "containerd.io/gc.bref."
+GC_EXPIRE = "containerd.io/gc.expire"
+# A lease counts as over when it has been for so long: the clock that it was made by may have been another one.
+EXPIRED_SECONDS = 60
 IDENTIFIER = re.compile(r"[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*")
+_TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.\d+)?(?:Z|([+-])(\d\d):(\d\d))", re.ASCII)
 CALL_SECONDS = 20.0
 MAX_OBJECTS = 1 << 20
 
@@ -38,14 +46,24 @@ CREATED, RUNNING, STOPPED, PAUSED, PAUSING = 1, 2, 3, 4, 5
 SNAPSHOT_KINDS = {1: "view", 2: "active", 3: "committed"}
 
 TIME = {1: ("seconds", INT), 2: ("nanos", INT)}
+SPEC = {2: ("value", TEXT)}
 CONTAINER = {
     1: ("id", TEXT),
     2: ("labels", LABELS),
+    3: ("image", TEXT),
+    5: ("spec", SPEC),
     6: ("snapshotter", TEXT),
     7: ("snapshot_key", TEXT),
     8: ("created_at", TIME),
 }
-PROCESS = {1: ("container_id", TEXT), 2: ("id", TEXT), 3: ("pid", INT), 4: ("status", INT)}
+PROCESS = {
+    1: ("container_id", TEXT),
+    2: ("id", TEXT),
+    3: ("pid", INT),
+    4: ("status", INT),
+    9: ("exit_status", INT),
+    10: ("exited_at", TIME),
+}
 SNAPSHOT = {
     1: ("name", TEXT),
     2: ("parent", TEXT),
@@ -54,8 +72,12 @@ SNAPSHOT = {
     6: ("labels", LABELS),
 }
 MOUNT = {1: ("type", TEXT), 2: ("source", TEXT), 4: ("options", [TEXT])}
-LEASE = {1: ("id", TEXT)}
+NAMESPACE = {1: ("name", TEXT)}
+STATUS = {1: ("code", INT), 2: ("message", TEXT)}
+PLUGIN = {1: ("type", TEXT), 2: ("id", TEXT), 7: ("init_err", STATUS)}
+LEASE = {1: ("id", TEXT), 3: ("labels", LABELS)}
 LEASED = {1: ("id", TEXT), 2: ("type", TEXT)}
+IMAGE = {1: ("name", TEXT), 2: ("labels", LABELS)}
 BLOB = {1: ("digest", TEXT), 5: ("labels", LABELS)}
 
 NOTHING = {}
@@ -64,6 +86,8 @@ CONTAINER_ID = {1: ("container_id", TEXT)}
 KEY = {1: ("snapshotter", TEXT), 2: ("key", TEXT)}
 # The calls: what is asked with, and what each message of the answer holds.
 CALLS = {
+    "namespaces.v1.Namespaces/List": (NOTHING, {1: ("namespaces", [NAMESPACE])}),
+    "introspection.v1.Introspection/Plugins": (NOTHING, {1: ("plugins", [PLUGIN])}),
     "containers.v1.Containers/Get": (ID, {1: ("container", CONTAINER)}),
     "containers.v1.Containers/ListStream": (NOTHING, {1: ("container", CONTAINER)}),
     "containers.v1.Containers/Delete": (ID, NOTHING),
@@ -79,8 +103,11 @@ CALLS = {
     "snapshots.v1.Snapshots/Usage": (KEY, {1: ("size", INT)}),
     "snapshots.v1.Snapshots/Remove": (KEY, NOTHING),
     "leases.v1.Leases/List": (NOTHING, {1: ("leases", [LEASE])}),
+    "leases.v1.Leases/Create": ({1: ("id", TEXT), 3: ("labels", LABELS)}, {1: ("lease", LEASE)}),
+    "leases.v1.Leases/Delete": ({1: ("id", TEXT), 2: ("sync", INT)}, NOTHING),
     "leases.v1.Leases/ListResources": (ID, {1: ("resources", [LEASED])}),
-    "content.v1.Content/List": ({1: ("filters", [TEXT])}, {1: ("info", [BLOB])}),
+    "images.v1.Images/List": (NOTHING, {1: ("images", [IMAGE])}),
+    "content.v1.Content/List": (NOTHING, {1: ("info", [BLOB])}),
 }
 
 _connections = {}
@@ -94,11 +121,21 @@ class Client:
         self.namespace = namespace
         self.host = host
 
+    def namespaces(self):
+        """Return the names of all namespaces of this daemon."""
+        return [one["name"] for one in self._call("namespaces.v1.Namespaces/List")["namespaces"]]
+
+    def has_snapshotter(self, snapshotter):
+        """Tell whether the daemon has that snapshotter, and could load it."""
+        plugins = self._call("introspection.v1.Introspection/Plugins")["plugins"]
+        wanted = (SNAPSHOTTERS, snapshotter)
+        return any((one["type"], one["id"]) == wanted and one["init_err"] is None for one in plugins)
+
     def containers(self):
         return [answer["container"] for answer in self._stream("containers.v1.Containers/ListStream")]
 
-    def container(self, name):
-        return self._call("containers.v1.Containers/Get", id=name)["container"]
+    def container(self, name, timeout=CALL_SECONDS):
+        return self._call("containers.v1.Containers/Get", timeout, id=name)["container"]
 
     def delete_container(self, name):
         self._call("containers.v1.Containers/Delete", id=name)
@@ -144,21 +181,32 @@ class Client:
         self._call("snapshots.v1.Snapshots/Remove", snapshotter=snapshotter, key=key)
 
     def leased_snapshots(self, snapshotter):
-        """Return ``[(lease, snapshot key)]`` of all leases, expired ones too: those are containerd's to collect."""
+        """Return ``[(lease, snapshot key, whether the lease has expired)]`` of all leases."""
         found = []
         for lease in self._call("leases.v1.Leases/List")["leases"]:
             try:
                 leased = self._call("leases.v1.Leases/ListResources", id=lease["id"])["resources"]
             except NotFound:
                 continue  # ended meanwhile
-            found += [(lease["id"], one["id"]) for one in leased if one["type"] == "snapshots/" + snapshotter]
+            is_over = has_expired(lease["labels"].get(GC_EXPIRE), time.time())
+            found += [(lease["id"], one["id"], is_over) for one in leased if one["type"] == "snapshots/" + snapshotter]
         return found
 
-    def image_snapshots(self, snapshotter):
-        """Return ``[(digest, snapshot key)]``: which blob of an image was unpacked into which snapshot."""
-        label = GC_REFERENCE + snapshotter
-        blobs = self._all("content.v1.Content/List", "info", filters=['labels."%s"' % label])
-        return [(blob["digest"], blob["labels"].get(label)) for blob in blobs]
+    def images(self):
+        return self._call("images.v1.Images/List")["images"]
+
+    def blobs(self):
+        return self._all("content.v1.Content/List", "info")
+
+    def collect_garbage(self):
+        """Let containerd collect what nothing refers to, as it does after a lease ended, and wait until it has.
+
+        It does not do so by itself when a lease expires, only after the next thing that is deleted.
+        """
+        name = "microvm.reaper-%d-%d" % (os.getpid(), time.time_ns())
+        until = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + 600))  # should we not live to end it
+        self._call("leases.v1.Leases/Create", id=name, labels={GC_EXPIRE: until})
+        self._call("leases.v1.Leases/Delete", id=name, sync=True)
 
     def _all(self, call, field, **request):
         return [one for answer in self._stream(call, **request) for one in answer[field]]
@@ -199,6 +247,13 @@ def clients(kind, rules, host):
     return [Client(address, namespace, host) for address, namespace in sorted(wanted)]
 
 
+def all_clients(address, host):
+    """Return a Client for every namespace of the daemon at that address, none where there is no daemon."""
+    if not _exists(address):
+        return []
+    return [Client(address, namespace, host) for namespace in sorted(Client(address, "default", host).namespaces())]
+
+
 def client_for(kind, token, rules, host):
     """Return the Client for what the token names, None where no rule looks there.
 
@@ -233,10 +288,30 @@ def stamp(created):
     return "%d.%09d" % (created["seconds"], created["nanos"]) if created else "unknown"
 
 
+def has_expired(until, now):
+    """Tell whether the time of a label containerd.io/gc.expire went by a minute ago. One that is no time never does."""
+    matched = _TIME.fullmatch(until or "")
+    if not matched:
+        return False
+    try:
+        seconds = calendar.timegm(time.strptime(matched.group(1), "%Y-%m-%dT%H:%M:%S"))
+    except ValueError:
+        return False
+    if matched.group(2):
+        ahead = 60 * int(matched.group(3)) + int(matched.group(4))
+        seconds -= 60 * (ahead if matched.group(2) == "+" else -ahead)
+    return now - seconds > EXPIRED_SECONDS
+
+
 def age(created):
     """Return the age in seconds, None when it cannot be told."""
     seconds = time.time() - created["seconds"] if created and created["seconds"] > 0 else -1
     return round(seconds, 1) if seconds >= 0 else None
+
+
+def as_text(answer):
+    """Return an answer for people to read; half characters, which stand for bytes that are no UTF-8, are escaped."""
+    return json.dumps(answer, indent=1, sort_keys=True) + "\n"
 
 
 def printable(text):

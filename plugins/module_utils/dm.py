@@ -15,17 +15,25 @@ import errno
 import os
 import re
 import stat
+import time
 
-from . import dm_control, mounts, processes
+from . import blame, dm_control, mounts, processes
 from . import resource as r
-from .probe import Absent, ProbeError, Worker, read_text
+from .probe import Absent, DeadlineExceeded, ProbeError, Worker, read_text
 
 SYS = "/sys"
 UDEV_CONTROL = "/run/udev/control"
 NO_SUCH_DEVICE = "No such device or address"
+BUSY = os.strerror(errno.EBUSY)
 SECTOR = 512
 MAX_HOLDERS = 20
 OPENERS_SECONDS = 2.0
+LOOK_SECONDS = 0.4  # at one process
+MAX_ABANDONED = 3
+MAX_MAPS = 1 << 22
+
+# The processes, as (pid, start), that could not be looked at in time: nobody tries again.
+_unseen = set()
 
 # ``number`` is "major:minor", ``sectors`` and ``words`` are the length and the parameters of a table's only line.
 Device = collections.namedtuple("Device", "number name uuid open suspended segments")
@@ -208,15 +216,16 @@ def built_on(number):
     return [one for one in found if one is not None]
 
 
-def devices_on(number):
-    """Return HOLDERs for the block devices that are built on a device."""
+def devices_on(number, *, numbered=False):
+    """Return HOLDERs for the block devices that are built on a device, with ``device``, their numbers, if wanted."""
     found = []
     for name in _listed(number, "holders")[:MAX_HOLDERS]:
         try:
             called = read_text(os.path.join(SYS, "block", name, "dm/name")).rstrip("\n")
         except OSError:
             called = name
-        found.append(r.holder("device", processes.printable(called)))
+        one = r.holder("device", processes.printable(called))
+        found.append(dict(one, device=attribute(number, "holders/%s/dev" % name)) if numbered else one)
     return found
 
 
@@ -250,32 +259,121 @@ def as_number(device):
 
 
 def openers(number):
-    """Return HOLDERs for who has a device open: devices on it, mounts, swap, processes. Looks for two seconds only."""
-    worker = Worker(_openers)
+    """Return HOLDERs for who has a device open: devices on it, swap, mounts, processes. Looks for two seconds only."""
+    looker = _Looker(OPENERS_SECONDS)
     try:
-        return devices_on(number) + worker.call(number, OPENERS_SECONDS)
-    except ProbeError:
-        return devices_on(number)  # a file on a dead server, open in any process, can hang who asks what it is
+        found = devices_on(number, numbered=True) + (looker.ask(["kernel", number]) or [])
+        found += _using(number, looker)
     finally:
-        worker.close()
+        looker.close()
+    return (found or looker.stuck())[:MAX_HOLDERS]
 
 
-def _openers(number):
-    swaps = [line.split(" ")[0] for line in read_text("/proc/swaps").split("\n")[1:]]
-    found = [r.holder("swap", processes.printable(path)) for path in swaps if number_of(path) == number]
-    points = set()
-    for pid in processes.pids():
+class _Looker:
+    """Looks in children that can be abandoned: a file on a dead server, open in any process, hangs who asks what it is.
+
+    The next child goes on with the next process. Who was such a process is remembered, for it would hang them all.
+    """
+
+    def __init__(self, seconds):
+        self._end = time.monotonic() + seconds
+        self._worker = None
+        self._abandoned = 0
+        self._stuck = []
+
+    def ask(self, item, process=None):
+        """Return what the child sees, None when it cannot see it, or when the time is over."""
+        left = self._end - time.monotonic()
+        if process in _unseen:
+            self._stuck.append(process)
+            return None
+        if left <= 0 or self._abandoned >= MAX_ABANDONED:
+            return None
+        if self._worker is None or self._worker.is_gone:
+            self._worker = Worker(_look)
         try:
-            points.update(mount.point for mount in mounts.read(pid) if mount.device == number)
-            if _has_open(pid, number):
-                found.append(processes.holder(pid))
-        except OSError:
+            return self._worker.call(item, min(LOOK_SECONDS, left))
+        except DeadlineExceeded:
+            self._abandoned += 1
+            if process is not None and left >= LOOK_SECONDS:
+                _unseen.add(process)
+                self._stuck.append(process)
+        except ProbeError:
+            pass  # ended while we looked
+        return None
+
+    def stuck(self):
+        """Return HOLDERs that name the processes which cannot be looked at."""
+        found = [blame.process(pid) for pid, _started in self._stuck[:MAX_HOLDERS]]
+        return [dict(one, name=one["name"] + ": whether it has it open cannot be seen") for one in found if one]
+
+    def close(self):
+        if self._worker is not None:
+            self._worker.close()
+
+
+def _using(number, looker):
+    """Return HOLDERs for the processes that have a device open, and for its mounts, in each mount namespace."""
+    found, mounted, ours = [], [], _mount_namespace("self")
+    namespaces = set()
+    for pid in processes.pids():
+        namespace = _mount_namespace(pid)
+        process = processes.stat(pid)
+        if process is None:
             continue  # ended while we looked
-    found += [r.holder("mount", processes.printable(point)) for point in sorted(points)]
-    return [one for one in found if one is not None][:MAX_HOLDERS]
+        seen = looker.ask(["process", number, pid, namespace not in namespaces], (pid, process.started))
+        if seen is None:
+            continue
+        namespaces.add(namespace)
+        mounted += [_mount(point, process, namespace if namespace != ours else None) for point in seen["points"]]
+        found.append(blame.process(pid, seen["by"]) if seen["by"] else None)
+    mounted.sort(key=lambda one: (one["mount_namespace"] or 0, one["name"]))
+    return mounted + [one for one in found if one is not None]
 
 
-def _has_open(pid, number):
+def _mount(point, process, namespace):
+    name = processes.printable(point)
+    if namespace is not None:
+        name += " (mount namespace %s, of %s)" % (namespace, processes.label(process))
+    return dict(r.holder("mount", name), mount_namespace=namespace)
+
+
+def _mount_namespace(pid):
+    try:
+        return int(os.readlink("/proc/%s/ns/mnt" % pid)[len("mnt:[") : -1])
+    except (OSError, ValueError):
+        return None
+
+
+def _look(item):
+    """The child's side."""
+    what, number = item[:2]
+    if what == "kernel":
+        swaps = [line.split(" ")[0] for line in read_text("/proc/swaps").split("\n")[1:]]
+        found = [r.holder("swap", processes.printable(path)) for path in swaps if number_of(path) == number]
+        return found + _loops(number)
+    pid, with_mounts = item[2:]
+    points = {mount.point for mount in mounts.read(pid) if mount.device == number} if with_mounts else ()
+    return {"points": sorted(points), "by": (_descriptors(pid, number) + _maps(pid, number))[: blame.MAX_BY]}
+
+
+def _loops(number):
+    """Return HOLDERs for the loop devices that a device is the file of: to sysfs they are not built on it."""
+    found = []
+    for name in sorted(os.listdir(os.path.join(SYS, "block"))):
+        if name.startswith("loop"):
+            try:
+                file = read_text(os.path.join(SYS, "block", name, "loop/backing_file")).rstrip("\n")
+            except OSError:
+                continue  # is no file's
+            if number_of(file) == number:
+                its_number = read_text(os.path.join(SYS, "block", name, "dev")).strip()
+                found.append(dict(r.holder("device", name), device=its_number))
+    return found
+
+
+def _descriptors(pid, number):
+    found = []
     for name in os.listdir("/proc/%d/fd" % pid):
         path = "/proc/%d/fd/%s" % (pid, name)
         try:
@@ -283,5 +381,16 @@ def _has_open(pid, number):
         except OSError:
             continue  # closed while we looked
         if is_file and number_of(path) == number:
-            return True
-    return False
+            found.append("fd %s" % name)
+    return found
+
+
+def _maps(pid, number):
+    """Return ``["map"]`` where a process has a device in its memory, which keeps it open when it is closed."""
+    files = {}
+    for line in read_text("/proc/%d/maps" % pid, MAX_MAPS).split("\n"):
+        fields = line.split(" ", 5)
+        if len(fields) == 6 and fields[5].lstrip().startswith("/"):
+            files.setdefault((fields[3], fields[4]), fields[0])
+    is_mapped = any(number_of("/proc/%d/map_files/%s" % (pid, area)) == number for area in files.values())
+    return ["map"] if is_mapped else []

@@ -17,8 +17,25 @@ _ESCAPE = re.compile(r"\\([0-7]{3})")
 
 def read(pid="self"):
     """Return the mounts that a process sees, with the points as it sees them."""
+    return parse(text(pid))
+
+
+def text(pid="self"):
+    """Return a process' mountinfo as text."""
     with open("/proc/%s/mountinfo" % pid, "rb") as stream:
-        return parse(os.fsdecode(stream.read()))
+        return os.fsdecode(stream.read())
+
+
+def points_with(mountinfo, option, directories):
+    """Return the mount points that have the option, ``"upperdir="`` say, with a path in one of the directories."""
+    found = set()
+    for line in mountinfo.split("\n") if option in mountinfo else []:
+        before, _separator, after = line.partition(" - ")
+        for one in (after.split(" ") + ["", ""])[2].split(","):
+            path = _unescape(one[len(option) :]) if one.startswith(option) else ""
+            if path and any(is_same_or_above(directory, path) for directory in directories):
+                found.add(_unescape(before.split(" ")[4]))
+    return found
 
 
 def parse(mountinfo):

@@ -22,6 +22,7 @@ import time
 # the C locale, because a few of them are recognised by their text.
 COMMANDS = {
     "dmsetup": ("dmsetup",),
+    "systemctl": ("systemctl",),
     "thin_dump": ("thin_dump",),
 }
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/sbin:/usr/local/bin"
@@ -57,10 +58,17 @@ class Host:
         self.state_dir = state_dir
         self.started = boottime()
         self.boot_id = read_text("/proc/sys/kernel/random/boot_id").strip()
+        self._seen = {}
 
     def remaining(self):
         """Return the seconds left, never less than a tenth so that a call can fail in an orderly way."""
         return max(0.1, self.deadline - boottime())
+
+    def once(self, what, function):
+        """Return what ``function()`` returned when it was first asked for under this name: one look for many things."""
+        if what not in self._seen:
+            self._seen[what] = function()
+        return self._seen[what]
 
     def run(self, command, *arguments, environment=None, timeout=10.0):
         """Run a command of the table; return ``(rc, stdout, stderr)`` as text.
@@ -252,6 +260,28 @@ class Worker:
                 self._give_up(ProbeError("the child that should have done it ended without an answer"))
             data += part
         return bytes(data)
+
+
+def detached(function, *keep):
+    """Have ``function()`` done by a process that nobody waits for, with the descriptors in ``keep`` and no other.
+
+    It has a session of its own and the parent of orphans; it does not hold up whoever started us. What it raises is
+    lost.
+    """
+    pid = os.fork()
+    if pid:
+        os.waitpid(pid, 0)
+        return
+    try:
+        os.setsid()
+        gc.freeze()
+        _close_all_but(*keep)
+        _detach_standard_streams()
+        os.chdir("/")
+        if os.fork() == 0:
+            function()
+    finally:
+        os._exit(0)  # pylint: disable=disallowed-name
 
 
 def _serve(function, requests, answers):

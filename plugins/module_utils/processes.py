@@ -12,7 +12,6 @@ import os
 import signal
 
 from . import mounts
-from . import resource as r
 from .probe import ProbeError, boottime
 
 # ``started``: clock ticks since boot, which together with the pid and the boot id is the identity of a process.
@@ -57,6 +56,11 @@ def stat(pid):
     return parse_stat(text) if text else None
 
 
+def is_zombie(process):
+    """Tell whether the whole process has ended: the first thread of one that goes on is shown in state Z as well."""
+    return process.state == "Z" and process.threads <= 1
+
+
 def read(pid, name):
     """Return a small file of /proc/PID as text, None when the process is gone. No buffering: it is read very often."""
     try:
@@ -86,15 +90,14 @@ def printable(text):
     return "".join(c if c.isprintable() and not "\ud800" <= c <= "\udfff" else "?" for c in text)
 
 
-def holder(pid):
-    """Return the HOLDER that names a process and, for one that no signal reaches, where it is stuck. None: gone."""
+def described(pid):
+    """Return a line on a process: its pid, name and state, where it waits, its command line."""
     process = stat(pid)
     if process is None:
-        return None
-    name = label(process)
-    if process.state == "D":
-        name += " (unkillable: %s)" % ((read(pid, "wchan") or "").strip("0\n") or "state D")
-    return r.holder("process", name)
+        return "%d ended" % pid
+    line = (read(pid, "cmdline") or "").rstrip("\0").replace("\0", " ")
+    waits = (read(pid, "wchan") or "").strip("0\n") if process.state == "D" else ""
+    return "%s state %s%s: %s" % (label(process), process.state, waits and " in " + waits, printable(line)[:4096])
 
 
 def unit(cgroup):
@@ -117,7 +120,7 @@ def lineage(pid):
 
 
 def places(table):
-    """Yield ``(pid, path)`` for the root, the working directory and the executable of every process but init.
+    """Yield ``((pid, "root" | "cwd" | "exe"), path)`` of what every process but init has of each.
 
     ``table`` is our mount table: the root of a process in another mount namespace is given as it is seen from here.
     Raises ProbeError when a process does not let us see: what cannot be seen is not free.
@@ -131,7 +134,7 @@ def places(table):
             for name in ("root", "cwd", "exe"):
                 path = _link(pid, name)
                 if path not in (None, "/"):
-                    yield pid, path
+                    yield (pid, name), path
             its_namespace = _link(pid, "ns/mnt")
             if its_namespace in (None, namespace):
                 continue
@@ -141,7 +144,7 @@ def places(table):
         except PermissionError as err:
             raise ProbeError("where process %d runs cannot be read (needs root and CAP_SYS_PTRACE)" % pid) from err
         for path in roots[key]:
-            yield pid, path
+            yield (pid, "root"), path
 
 
 def pin(pid):

@@ -5,7 +5,7 @@
 Pure: no input or output. The shapes are those of the collection's contract:
 
 RESOURCE  ``{kind, name, vm_id, identity, in_use, holders, age_seconds, bytes, parent, details}``
-HOLDER    ``{type, name}`` and, where the holder is itself a resource of a known kind, ``kind``
+HOLDER    ``{type, name}`` and, where the holder is itself a resource of a known kind, ``kind``; see blame.py for more
 TOKEN     ``{kind, name, vm_id, identity, step, stop, details}``: one resource that is to go; ``step`` is one of STEPS
 OUTCOME   ``{kind, name, vm_id, outcome, message, bytes, holders}``
 """

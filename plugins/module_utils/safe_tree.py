@@ -184,7 +184,7 @@ class Tree:
         try:
             point = os.open(name, PLACE, dir_fd=parent)
             try:
-                if _mount_id(point) != mount.id:
+                if mount_id(point) != mount.id:
                     raise Busy("a mount that shares what is mounted on it is hidden: %s" % shown(mount.point))
                 _call("mount", None, _path_of(point), None, _MS_PRIVATE, None)
             finally:
@@ -226,7 +226,7 @@ class Removal:
         self.bytes = 0
         self._top = directory
         self._is_late = is_late
-        self._mount = _mount_id(directory)
+        self._mount = mount_id(directory)
         self._names = "reaper-%s" % os.urandom(8).hex()
         self._moved = 0
 
@@ -267,7 +267,7 @@ class Removal:
     def _remove_directory(self, parent, name, depth):
         directory = _open(name, DIRECTORY, parent)
         try:
-            if _mount_id(directory) != self._mount:
+            if mount_id(directory) != self._mount:
                 raise Busy("mounted: %s" % shown(name))
             self._empty(directory, depth + 1)
         finally:
@@ -385,7 +385,7 @@ def _inode_and_birth(directory):
     return "inode:%d:%d.%d" % (status.st_ino, seconds, nanoseconds)
 
 
-def _mount_id(descriptor):
+def mount_id(descriptor):
     """Return the id of the mount that a descriptor is in. Unlike the device it differs for a bind mount too."""
     with open("/proc/self/fdinfo/%d" % descriptor, "rb") as stream:
         for line in stream:

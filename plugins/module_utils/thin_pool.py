@@ -12,14 +12,21 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import re
+import time
 
 from . import dm
 from .probe import ProbeError, find_command
 
+LOCK_SECONDS = 5.0
 NOTES = "thin-metadata-snapshots.json"
+LOCK = "thin-metadata-snapshots.lock"
+# Who keeps account of all volumes of a pool himself, by the beginning of its uuid (or that of a volume).
+MANAGERS = (("LVM-", "lvm"), ("stratis-", "stratis"))
 
 Pool = collections.namedtuple("Pool", "name uuid number incarnation")
 # ``trouble``: why nothing may be deleted in the pool, None for none. ``held``: block of its metadata snapshot.
@@ -102,6 +109,11 @@ def records(one, host):
     find_command("thin_dump")
     if host.state_dir is None:
         raise ProbeError("there is no state directory in which to note the metadata snapshot")
+    with _alone(host):
+        return _records(one, host)
+
+
+def _records(one, host):
     found = read_health(one, host)
     if found.trouble:
         raise ProbeError("pool %s: %s" % (one.name, found.trouble))
@@ -141,6 +153,43 @@ def is_same(before, now):
         and before["device"][3] > 0
         and all(then <= later for then, later in zip(before["pool"], now["pool"]))
     )
+
+
+def delete(one, thin_id, host):
+    """Delete a thin id that no device has; the kernel refuses any other. Returns ``(bytes, complaint)``.
+
+    The bytes are what the pool has free more than before. No complaint, "", when the id is gone.
+    """
+    before = read_health(one, host).used_bytes
+    try:
+        dm.message(one.name, "delete %d" % thin_id)
+    except OSError as err:
+        if err.errno != errno.ENODATA:  # there is no such id
+            return 0, err.strerror
+    after = read_health(one, host).used_bytes
+    return max(before - after, 0) if before is not None and after is not None else 0, ""
+
+
+@contextlib.contextmanager
+def _alone(host):
+    """Keep other reapers out: they would take our metadata snapshot for one that was left behind, and release it."""
+    path = os.path.join(host.state_dir, LOCK)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        _lock(descriptor, time.monotonic() + LOCK_SECONDS)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor, deadline):
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise ProbeError("another reaper is reading the metadata of thin pools") from None
+            time.sleep(0.05)
 
 
 @contextlib.contextmanager

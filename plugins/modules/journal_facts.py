@@ -28,7 +28,7 @@ options:
   kind:
     description: Only resources of this kind that have the O(name).
     type: str
-    choices: [cgroup, container, dm_thin, jail, snapshot, zombie]
+    choices: [cgroup, container, dm_thin, jail, snapshot, thin_id, zombie]
   state_dir:
     description: Where the host keeps what it remembers.
     type: path

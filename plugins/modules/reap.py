@@ -41,6 +41,32 @@ options:
     description: VMs of the plan that are left alone all the same, by their ids, each with the reason.
     type: dict
     default: {}
+  evidence:
+    description:
+      - Keep evidence of each VM that is about to lose something, in the directory C(evidence) beside the host's ledger.
+        Without this option none is kept. What fails of it is in the result and stops nothing unless it is required.
+    type: dict
+    suboptions:
+      seconds:
+        description: For how long it may be gathered before the acts.
+        type: float
+        default: 5
+      bytes:
+        description: The most that is read for one bundle.
+        type: int
+        default: 16777216
+      percent:
+        description: The most of its file system that all bundles together may take, from 1 to 50.
+        type: int
+        default: 25
+      max_bytes:
+        description: The most bytes that they may take; the lesser of the two counts.
+        type: int
+        default: 1073741824
+      required:
+        description: Whether a VM of which no evidence could be kept is left alone.
+        type: bool
+        default: false
 extends_documentation_fragment:
   - microvm.reaper.rules
 attributes:
@@ -100,9 +126,18 @@ outcomes:
       description: What its removal gave back.
       type: int
     holders:
-      description: Who keeps it busy.
+      description:
+        - Who keeps it busy, each with C(type) and, in a sentence, C(name).
+        - A process has C(pid), C(command), C(unit), C(container), C(mount_namespace) where it is another one than the
+          reaper's, and C(by), by what it holds it (C(cwd), C(root), C(exe), C(map), C(fd 12)), C(fd) being the first
+          descriptor. The parent of a zombie has C(image) of its container and C(note), what was tried in vain. A block
+          device has its number, C(device).
       type: list
       elements: dict
+    restarted:
+      description: The systemd unit that was restarted for a zombie's sake.
+      type: str
+      returned: when a unit was restarted
   sample:
     - kind: dm_thin
       name: hyper-rw-vabc234
@@ -111,6 +146,41 @@ outcomes:
       message: ""
       bytes: 134217728
       holders: []
+evidence:
+  description: What became of the evidence.
+  returned: when there is a plan to carry out, evidence is asked for and the module is not in check mode
+  type: dict
+  contains:
+    written:
+      description: How many bundles were written.
+      type: int
+    bytes:
+      description: What they take.
+      type: int
+    short:
+      description: How many of them have metadata only, because the time was used up.
+      type: int
+    known:
+      description: How many VMs have a bundle of an earlier sweep that has it all already.
+      type: int
+    skipped:
+      description: How many VMs have none, because the time was used up.
+      type: int
+    failed:
+      description: Why bundles could not be written, the first few.
+      type: list
+      elements: str
+    background:
+      description: What is being done in the background, or why nothing is.
+      type: str
+  sample:
+    written: 3
+    bytes: 9412
+    short: 0
+    known: 0
+    skipped: 0
+    failed: []
+    background: null
 busy:
   description: Why nothing was done, when another reaper works on the host.
   returned: when another reaper works on the host
@@ -121,6 +191,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.microvm.reaper.plugins.module_utils import acts
 from ansible_collections.microvm.reaper.plugins.module_utils import resource as r
 from ansible_collections.microvm.reaper.plugins.module_utils.all_kinds import BY_NAME, ORDER
+from ansible_collections.microvm.reaper.plugins.module_utils.evidence import DEFAULTS, Evidence
 from ansible_collections.microvm.reaper.plugins.module_utils.facts_module import rules_of_all_kinds
 from ansible_collections.microvm.reaper.plugins.module_utils.ledger import Busy, LedgerError
 from ansible_collections.microvm.reaper.plugins.module_utils.probe import Host, boottime
@@ -137,7 +208,14 @@ def get_argument_spec():
         "deadline": {"type": "float", "default": 300},
         "sweep": {"type": "str"},
         "spare": {"type": "dict", "default": {}},
+        "evidence": {"type": "dict", "options": get_evidence_spec()},
     }
+
+
+def get_evidence_spec():
+    """Return the argument spec of what is to be kept of a VM."""
+    types = {bool: "bool", int: "int", float: "float"}
+    return {name: {"type": types[type(value)], "default": value} for name, value in DEFAULTS.items()}
 
 
 def checked(plan):
@@ -194,16 +272,19 @@ def main():
     if plan.get("refused"):
         _remember(plan, module)
         module.fail_json(msg="refused (%(code)s): %(message)s" % plan["refused"], outcomes=[], refused=plan["refused"])
+    if params["evidence"] and not 1 <= params["evidence"]["percent"] <= 50:
+        problem = "evidence: percent must be from 1 to 50, not %d" % params["evidence"]["percent"]
+        module.fail_json(msg=problem, outcomes=[])
     plan, left = acts.spared(plan, params["spare"])
+    evidence = Evidence(params["state_dir"], plan["realm"], params["evidence"]) if params["evidence"] else None
     host = Host(boottime() + params["deadline"], params["state_dir"])
     try:
         with acts.Hands(params["rules"], host, ORDER) as hands:
             if module.check_mode:
                 outcomes = acts.foresee(plan["reap"], hands)
             else:
-                outcomes = acts.apply(
-                    plan, hands, params["state_dir"], plan["realm"], tell=module.warn, sweep=params["sweep"]
-                )
+                how = {"tell": module.warn, "sweep": params["sweep"], "evidence": evidence}
+                outcomes = acts.apply(plan, hands, params["state_dir"], plan["realm"], **how)
     except Busy as err:
         module.exit_json(changed=False, outcomes=[], busy=str(err))
     except LedgerError as err:
@@ -214,6 +295,8 @@ def main():
         "outcomes": outcomes,
         "diff": diff(outcomes),
     }
+    if evidence and not module.check_mode:
+        result["evidence"] = evidence.result()
     if any(one["outcome"] == r.FAILED for one in outcomes):
         module.fail_json(msg=summary(outcomes), **result)
     module.exit_json(**result)

@@ -46,6 +46,9 @@ options:
         description: The result of M(microvm.reaper.brake).
         type: str
         required: true
+      published:
+        description: The result of M(microvm.reaper.publish).
+        type: str
       result:
         description: The result of M(microvm.reaper.reap).
         type: str

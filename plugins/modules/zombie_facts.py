@@ -54,6 +54,8 @@ ansible_facts:
               C(bytes), C(parent) and C(details).
             - C(name) is the pid, C(parent) that of the parent, C(identity) has the start time, so that a pid used
               again differs.
+            - C(details) tell of the parent its systemd unit, its container and, where it runs in the cgroup of a VM
+              itself, that VM.
           type: list
           elements: dict
         foreign:
@@ -81,6 +83,9 @@ ansible_facts:
               command: firecracker
               parent: 4650 hyperd
               parent_unit: hyper.service
+              parent_identity: "4650:80123"
+              parent_container:
+              parent_vm:
 """
 
 from ansible_collections.microvm.reaper.plugins.module_utils import facts_module

@@ -66,7 +66,8 @@ REASONS = {
     "hold": "reap_hold says how long what is confirmed is kept all the same.",
     "unproven": "A list that is not proven earns strikes and no removal: the live source has to prove itself complete.",
     "unreadable": "It is left alone until that can be read again: what could not be read is not free.",
-    "zombie": "With reap_zombies=notify_parent the parent is told.",
+    "zombie": "With reap_zombies=notify_parent the parent is told, with restart_unit its unit may be restarted.",
+    "unmapped_thin_id": "With reap_unmapped_thin_ids=true it goes; nothing tells whose it was.",
     "busy": "Find out what uses it and end that; nothing is forced.",
 }
 HELD_BY_SOMETHING = "It goes in a sweep after that is gone; nothing is forced."
@@ -128,14 +129,18 @@ def _refusal(refusal):
 
 
 def _believed(journal):
-    """Return ``{entries, truncated}`` of what a host returned as its journal."""
+    """Return ``{entries, truncated, broken}`` of what a host returned as its journal."""
     if not isinstance(journal, dict):
         journal = {"entries": journal, "truncated": False}
     entries = journal.get("entries")
     if not isinstance(entries, (list, tuple)):
         raise FactsError("the journal must be a list of entries, not %.200r" % (entries,))
     try:
-        return {"entries": [journals.checked(entry) for entry in entries], "truncated": bool(journal.get("truncated"))}
+        return {
+            "entries": [journals.checked(entry) for entry in entries],
+            "truncated": bool(journal.get("truncated")),
+            "broken": str(journal["broken"])[:500] if journal.get("broken") else None,
+        }
     except ValueError as err:
         raise FactsError("the journal: %s" % err) from err
 
@@ -148,7 +153,7 @@ def _subject(facts, what, journal):
     """Find out what is asked about: a VM whose id anything here names, else a thing of this name, else any VM."""
     resources = [one for kind in TRAITS if kind in facts["kinds"] for one in facts["kinds"][kind]["resources"]]
     remembered = [(entry["vm_id"], entry["name"]) for entry in _of_things(journal)]
-    remembered += [(one["vm_id"], one["name"]) for one in facts["ledger"]["intents"]]
+    remembered += [(one["vm_id"], one["name"]) for key in ("intents", "aside") for one in facts["ledger"][key]]
     remembered += [(one["vm_id"], key.partition(" ")[2]) for key, one in facts["ledger"]["strikes"].items()]
     ids = vm_ids(facts) | {vm_id for vm_id, _name in remembered}
     named = [one for one in resources if one["name"] == what]
@@ -182,7 +187,8 @@ class _Case:
         if self.verdict == NOT_HERE:
             sentences += self._alive() + self._out_of_sight()
         else:
-            sentences += self._things() + self._alive() + self._reasons() + self._strikes() + self._to_come()
+            sentences += self._things() + self._aside() + self._alive() + self._reasons() + self._strikes()
+            sentences += self._to_come()
             sentences += self._next_sweep() + self._unavailable() + self._ledger() + self._journal()
         return {
             "host": self.plan["host"],
@@ -203,6 +209,8 @@ class _Case:
             # A list that does not say which hosts it speaks for makes a VM live everywhere; that is no news of a host.
             if self._is_live and self.share.get("names_hosts"):
                 return planner.LIVE
+            if self._aside_of_it():
+                return planner.HELD
             return GONE if self._is_remembered() else NOT_HERE
         if self.plan["refused"]:
             return REFUSED
@@ -321,10 +329,14 @@ class _Case:
     def _next_sweep(self):
         if not self.going:
             return []
-        names = ["%(kind)s %(name)s" % token for token in self.going[:MAX_THINGS]]
-        if len(self.going) > MAX_THINGS:
-            names.append("and %d more" % (len(self.going) - MAX_THINGS))
-        return ["The next sweep removes, in this order: %s." % ", ".join(names)]
+        said = []
+        for step, does in ((planner.ASIDE, "sets aside"), (planner.REMOVE, "removes")):
+            tokens = [token for token in self.going if token.get("step", planner.REMOVE) == step]
+            names = ["%(kind)s %(name)s" % token for token in tokens[:MAX_THINGS]]
+            if len(tokens) > MAX_THINGS:
+                names.append("and %d more" % (len(tokens) - MAX_THINGS))
+            said += ["The next sweep %s, in this order: %s." % (does, ", ".join(names))] if names else []
+        return said
 
     # --- what could not be seen
 
@@ -362,6 +374,28 @@ class _Case:
 
     # --- what is remembered
 
+    def _aside_of_it(self):
+        return [held for held in self.facts["ledger"]["aside"] if self._is_meant(held)]
+
+    def _aside(self):
+        """Say of what was set aside, or waits, since when it does and how long it will."""
+        said, here = [], self.facts["boot_id"]
+        for held in self._aside_of_it()[:MAX_THINGS]:
+            waited = human_seconds(self.facts["boottime_seconds"] - held["since"]) if held["boot_id"] == here else None
+            since = "%s ago" % waited if waited else "before the last boot, and waits since that"
+            if held["state"] == planner.ASIDE:
+                sweep = " by the sweep %s" % held["sweep"] if held.get("sweep") else ""
+                did = "was set aside %s%s" % (since, sweep)
+            else:
+                did = "is left where it is, confirmed %s" % since
+            hold = planner.hold_of(self.policy, held["kind"], self.share, held["vm_id"])
+            said.append(
+                "%s %s %s. It is removed when reap_hold, %s, is over and nothing speaks against it; until then "
+                "playbooks/undo.yml -e vm_id=%s brings it back."
+                % (held["kind"], held["name"], did, human_seconds(hold), held["vm_id"])
+            )
+        return said
+
     def _unfinished(self):
         return [token for token in self.facts["ledger"]["intents"] if self._is_meant(token)]
 
@@ -380,8 +414,9 @@ class _Case:
         if vm_id in ledger["reaped"]:
             said.append("The ledger has that something of the VM was removed at %s." % _utc(ledger["reaped"][vm_id]))
         said += [
-            "A sweep began to remove %(kind)s %(name)s, and its end is not known: a later sweep finishes it, once "
-            "nothing speaks against it." % token
+            "A sweep began to %s %s %s, and its end is not known: a later sweep finishes it, once nothing speaks "
+            "against it."
+            % ("set aside" if token.get("step") == planner.ASIDE else "remove", token["kind"], token["name"])
             for token in self._unfinished()
         ]
         unseen = self._unseen()[:MAX_THINGS]
@@ -397,15 +432,21 @@ class _Case:
         more = len(said) - MAX_TOLD
         if more > 0 or self.journal["truncated"]:
             count = "%d" % more if not self.journal["truncated"] else "more than %d" % max(more, 0)
-            said = ["The journal has %s earlier removals of it." % count] + said[-MAX_TOLD:]
+            said = ["The journal has %s earlier acts on it." % count] + said[-MAX_TOLD:]
+        if self.journal["broken"]:
+            said.append("The journal is not as it was written: %s." % self.journal["broken"])
         return said
+
+
+STEPS = {"aside": "set aside", "bring_back": "brought back"}
 
 
 def _act(intent, outcome):
     """Return what the journal says of one thing in one sweep; one of the two may be missing."""
     entry = intent or outcome
     said = "Journal, %(time)s, sweep %(sweep)s: %(kind)s %(name)s " % entry
-    said += _came_to(outcome) if outcome else "was about to be removed, and what came of that was not written down"
+    about = "was about to be %s, and what came of that was not written down"
+    said += _came_to(outcome) if outcome else about % STEPS.get(intent.get("step"), "removed")
     if not intent:
         return said + "."
     why = "; ".join(intent["reasons"]) or intent.get("evidence") or "no reason is noted"
@@ -418,6 +459,8 @@ def _act(intent, outcome):
 def _came_to(outcome):
     said = {
         "reaped": "was reaped",
+        "set_aside": "was set aside",
+        "restored": "was brought back",
         "already_gone": "was gone already",
         "deferred": "was left, because it was busy",
         "identity_changed": "was left, because another object has its name now",

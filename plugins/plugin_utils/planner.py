@@ -43,7 +43,9 @@ ELSEWHERE = "elsewhere"
 # The grades of evidence on which something may be removed; a policy may have a value for each.
 GRADES = (TOMBSTONED, ABSENT)
 RUNNING_POLICIES = ("never", TOMBSTONED, CONFIRMED)
-ZOMBIE_POLICIES = ("report", "notify_parent")
+REPORT, RESTART_UNIT, WITH_FAMILY = "report", "restart_unit", "with_family"
+ZOMBIE_POLICIES = (REPORT, "notify_parent", RESTART_UNIT, WITH_FAMILY)
+THIN_ID_POLICIES = ("false", "report", "true")
 
 # What a plan decides of the ledger; the rest is bookkeeping of the host.
 LEDGER_KEYS = ("host", "machine_id", "manifest", "strikes", "intents", "aside", "reaped", "latch")
@@ -68,6 +70,8 @@ DEFAULT_POLICY = {
     "min_age": 60,
     "running": TOMBSTONED,
     "zombies": "notify_parent",
+    "zombies_restart_units": [],
+    "unmapped_thin_ids": "false",
     "keep": [],
     "reused_ids": [],
     "adopt_host": False,
@@ -101,7 +105,12 @@ def complete_policy(policy):
         full[key] = _checked_number(key, full[key], 0, 100)
     if not isinstance(full["adopt_host"], bool):
         raise PolicyError("reap_adopt_host must be true or false, not %r" % (full["adopt_host"],))
-    for key, allowed in (("running", RUNNING_POLICIES), ("zombies", ZOMBIE_POLICIES)):
+    full["unmapped_thin_ids"] = str(full["unmapped_thin_ids"]).lower()
+    for key, allowed in (
+        ("running", RUNNING_POLICIES),
+        ("zombies", ZOMBIE_POLICIES),
+        ("unmapped_thin_ids", THIN_ID_POLICIES),
+    ):
         if full[key] not in allowed:
             raise PolicyError("reap_%s must be one of %s, not %r" % (key, ", ".join(allowed), full[key]))
     try:
@@ -110,9 +119,21 @@ def complete_policy(policy):
         raise PolicyError(
             "reap_reused_ids must be a list of regular expressions, not %r: %s" % (full["reused_ids"], err)
         ) from None
+    _check_units(full["zombies_restart_units"], full["zombies"])
     if not isinstance(full["keep"], list):
         raise PolicyError("reap_keep must be a list, not %r" % (full["keep"],))
     return dict(full, keep=[pin(one) for one in full["keep"]])
+
+
+def _check_units(patterns, zombies):
+    if not isinstance(patterns, list) or not all(isinstance(one, str) and one for one in patterns):
+        raise PolicyError(
+            "reap_zombies_restart_units must be a list of unit names or glob patterns, not %r" % (patterns,)
+        )
+    if zombies == RESTART_UNIT and not patterns:
+        raise PolicyError(
+            "reap_zombies is restart_unit, and reap_zombies_restart_units names no unit that may be restarted"
+        )
 
 
 def pin(text):
@@ -181,6 +202,12 @@ def plan(facts, share, policy, kinds):
         "latch": None,
     }
     return _plan(facts, share, policy, tokens=tokens, ledger=ledger, **found)
+
+
+def hold_of(policy, kind, share, vm_id):
+    """Return how many seconds a thing of this kind waits by a complete policy, with what the share says of its VM."""
+    grade = TOMBSTONED if share["proven"] and vm_id in share["tombstones"] else ABSENT
+    return policy["hold"].get(kind, policy["hold"][ANY_KIND])[grade]
 
 
 def is_permitted(running, evidence):
@@ -417,6 +444,7 @@ class _Judge:
         self.pins = [("reap_keep", one) for one in policy["keep"]] + [
             ("the host's pin file", _lenient_pin(line)) for line in facts.get("pins") or []
         ]
+        self.kinds = kinds
         self.unreadable = {kind: _unreadable(facts, kind, kinds) for kind in kinds}
         self.strikes = {}
 
@@ -438,14 +466,12 @@ class _Judge:
 
     def hold(self, kind, vm_id):
         """Return how many seconds a thing waits between the step that can be taken back and the one that cannot."""
-        holds = self.policy["hold"]
-        grade = TOMBSTONED if self._evidence(vm_id) == TOMBSTONED else ABSENT
-        return holds.get(kind, holds[ANY_KIND])[grade]
+        return hold_of(self.policy, kind, self.share, vm_id)
 
     def family(self, vm_id, members):
         """Return ``{verdict, evidence, strikes, reasons, resources}``; members are judged in ``resources``."""
         evidence = self._evidence(vm_id)
-        hold = self._held(vm_id, members)
+        hold = self._held(vm_id, self.weighed(members))
         if hold:
             return self._all(members, HELD, hold, evidence)
         running = self.running(vm_id, members)
@@ -467,7 +493,9 @@ class _Judge:
         """Give every member its strike; the family has as many as the member with the fewest."""
         # What is not proven is struck like what is absent, and never confirmed.
         grade = ABSENT if evidence == UNPROVEN else evidence
-        fewest = min([self._strike(member, self.policy["strikes"][grade]) for member in members])
+        strikes = {_key(member): self._strike(member, self.policy["strikes"][grade]) for member in members}
+        weighed = [_key(member) for member in self.weighed(members)]
+        fewest = min([strikes[key] for key in weighed])
         reasons = [self._why(vm_id, evidence)]
         verdict = CONFIRMED if fewest >= self.policy["strikes"][grade] else SUSPECTED
         if verdict == CONFIRMED and evidence == UNPROVEN:
@@ -480,6 +508,17 @@ class _Judge:
             if why:
                 judged.update(verdict=UNKNOWN, reasons=[_reason("unreadable", why)])
         return family
+
+    def weighed(self, members):
+        """Return the members that the family is judged by.
+
+        A zombie whose parent is to be stopped with the VM goes by itself then. What still runs there makes new ones
+        all the time, each of them young and without a strike, and would so keep the VM's things for ever.
+        """
+        if self.policy["zombies"] != WITH_FAMILY:
+            return members
+        stopping = [member for member in members if _stops(member, self.kinds)]
+        return [member for member in members if not _goes_with(member, stopping)]
 
     def _strike(self, member, enough):
         """Count this sweep for one member, if it is far enough from the last one; return its strikes."""
@@ -504,6 +543,10 @@ class _Judge:
         # An unknown age counts as young: until it has been watched for as long as the policy asks, it is one short.
         watched = now - strike["first"] >= self.min_age
         return strike["strikes"] if watched else min(strike["strikes"], enough - 1)
+
+    def may_end(self, vm_id):
+        """Tell whether what still runs of the VM may be ended on this evidence."""
+        return is_permitted(self.policy["running"], self._evidence(vm_id))
 
     def keep_unseen_strikes(self):
         """What a kind that could not be read has earned before stays earned: it was not seen live, nor gone."""
@@ -613,13 +656,70 @@ def _going(families, kinds, judge):
         for member in family["resources"]:
             if member["verdict"] != CONFIRMED:
                 continue
-            if member["kind"] == "zombie" and judge.policy["zombies"] == "report":
-                _hold(member, "zombie", "only its parent %s can reap it (reap_zombies is report)" % member["parent"])
+            if member["kind"] == "zombie" and judge.policy["zombies"] == REPORT:
+                why = "reap_zombies is report"
+                _hold_zombie(member, "only its parent %%s can reap it (%s)" % why, why)
+            elif member["kind"] == "thin_id" and judge.policy["unmapped_thin_ids"] != "true":
+                why = "unmapped thin id, reap_unmapped_thin_ids is %s" % judge.policy["unmapped_thin_ids"]
+                _hold(member, "unmapped_thin_id", why)
             else:
                 going[_key(member)] = member
     while _hold_back(going) or _hold_busy(going, kinds):
         pass
+    if judge.policy["zombies"] == WITH_FAMILY:
+        _hold_with_parent(going, kinds)
     return going
+
+
+def _hold_with_parent(going, kinds):
+    """Take the zombies out of ``going`` whose parent is not stopped by this plan."""
+    stopping = collections.defaultdict(list)
+    for member in going.values():
+        if _stops(member, kinds):
+            stopping[member["vm_id"]].append(member)
+    for key, member in list(going.items()):
+        if member["kind"] == "zombie" and not _goes_with(member, stopping[member["vm_id"]]):
+            text = "its parent %s is not stopped by this plan (reap_zombies is with_family)"
+            _hold_zombie(going.pop(key), text, "it is not stopped by this plan, and reap_zombies is with_family")
+
+
+def _hold_zombie(member, text, note):
+    """Hold a zombie; ``holders`` then has its parent as the details have it, and a note why it is left alone."""
+    details = member["details"]
+    parts = [(word, details.get("parent_" + word)) for word in ("unit", "container")]
+    said = ", ".join("%s %s" % part for part in parts if part[1])
+    name = "%s%s" % (details.get("parent") or member["parent"], " (%s)" % said if said else "")
+    _hold(member, "zombie", text % name)
+    member["holders"] = [{"type": "process", "name": name, **dict(parts), "image": None, "note": note}]
+
+
+def _with_way(token, judge):
+    """Return the token of a zombie with the way in which it goes, where that is not by a reminder of its parent."""
+    policy, unit = judge.policy, token["details"].get("parent_unit")
+    if policy["zombies"] == WITH_FAMILY:
+        way = {"how": WITH_FAMILY}
+    elif policy["zombies"] == RESTART_UNIT and _is_named(unit, policy["zombies_restart_units"]):
+        # What of the VM runs in the unit may end with it where it might be stopped anyway.
+        way = {"how": RESTART_UNIT, "unit": unit, "may_end": judge.may_end(token["vm_id"])}
+    else:
+        return token
+    return dict(token, details=dict(token["details"], **way))
+
+
+def _is_named(unit, patterns):
+    return isinstance(unit, str) and any(fnmatch.fnmatchcase(unit, pattern) for pattern in patterns)
+
+
+def _goes_with(member, stopping):
+    """Tell whether it is a zombie whose parent runs in one of these things of the same VM, which are to be stopped."""
+    return member["kind"] == "zombie" and any(_has_inside(one, member["details"]) for one in stopping)
+
+
+def _has_inside(member, details):
+    if member["kind"] == "cgroup":
+        return details.get("parent_vm") == member["vm_id"]
+    container = member["details"].get("id")
+    return member["kind"] == "container" and container is not None and details.get("parent_container") == container
 
 
 def _hold_back(going):
@@ -827,6 +927,8 @@ class _Ladder:
 
     def _climbing(self, member, held, step, stop):
         token = _token(member, self.judge.evidence_of(member), step, stop)
+        if member["kind"] == "zombie":
+            token = _with_way(token, self.judge)
         if not held:
             return dict(token, bytes=member["bytes"])
         # What its kind noted when it was set aside is needed to bring it back, should this be put off.

@@ -28,14 +28,24 @@ def known():
     return sorted(name[:-len(".yml")] for name in os.listdir(DIRECTORY) if name.endswith(".yml"))
 
 
-def rules(presets, *, cgroup_roots=(), jail_bases=(), containerd_namespaces=(), containerd_address="", kinds=()):
+def rules(
+    presets,
+    *,
+    cgroup_roots=(),
+    jail_bases=(),
+    containerd_namespaces=(),
+    containerd_address="",
+    thin_pools=(),
+    kinds=(),
+):
     """Return ``{kind: [RULE]}`` of all presets together.
 
     ``presets`` are names of presets or mappings in their shape. Roots, bases, namespaces and address that are given
-    take the place of those in the presets: each rule is repeated for each of them. ``kinds`` limits the kinds.
+    take the place of those in the presets: each rule is repeated for each of them. ``thin_pools`` are pools that are
+    for VMs alone: their unmapped thin ids are looked at. ``kinds`` limits the kinds.
     """
     merged = {}
-    for preset in presets:
+    for preset in [*presets, *_of_pools(thin_pools, containerd_address)]:
         name, content = _load(preset)
         for kind, kind_rules in content["rules"].items():
             if kind not in BY_NAME:
@@ -53,6 +63,12 @@ def rules(presets, *, cgroup_roots=(), jail_bases=(), containerd_namespaces=(), 
 def reused_ids(presets):
     """Return the patterns of ids that the platforms of these presets use again."""
     return [pattern for preset in presets for pattern in _load(preset)[1].get("reused_ids") or []]
+
+
+def _of_pools(pools, address):
+    """Return what the role says by itself, as a preset: which pools hold the volumes of VMs and nothing else."""
+    more = {"address": address} if address else {}
+    return [{"rules": {"thin_id": [dict(more, pool=pool) for pool in pools]}}] if pools else []
 
 
 def _load(preset):
@@ -93,9 +109,11 @@ def _check(name, kind, rule):
     result = ArgumentSpecValidator(BY_NAME[kind].RULE).validate(rule)
     if result.error_messages:
         raise PresetError("preset %s: a rule of %s: %s" % (name, kind, "; ".join(result.error_messages)))
-    if "name" in BY_NAME[kind].RULE:
-        try:
+    try:
+        if "name" in BY_NAME[kind].RULE:
             Names(kind, [result.validated_parameters])
-        except RuleError as err:
-            raise PresetError("preset %s: %s" % (name, err)) from err
+        if "evidence" in BY_NAME[kind].RULE:
+            BY_NAME[kind].log_globs([result.validated_parameters])
+    except RuleError as err:
+        raise PresetError("preset %s: %s" % (name, err)) from err
     return {key: value for key, value in result.validated_parameters.items() if value is not None}

@@ -2,7 +2,8 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 """What a person sees at the end of a sweep. Pure: plans and outcomes in, text and plain structures out.
 
-HOST ``{plan, outcomes, busy, error, refused, absent, unavailable, seconds}``, what is known of one host after a sweep
+HOST ``{plan, outcomes, busy, evidence, error, refused, absent, unavailable, seconds}``, what is known of one host after
+a sweep
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ def summarize(hosts):
     return {host: _kinds(one) for host, one in sorted(_believed(hosts).items())}
 
 
-def text(realm, manifest, hosts, *, check_mode=False, abort=None, sweep=""):
+def text(realm, manifest, hosts, *, check_mode=False, abort=None, sweep="", unpublished=None):
     """Return the report as lines for a terminal.
 
     ``hosts`` is ``{host: HOST}``, ``manifest`` the HANDLE or None, ``abort`` why the whole batch was stopped, ``sweep``
-    the id by which it can be undone.
+    the id by which it can be undone, ``unpublished`` why the end of its VMs was not published.
     """
     hosts = _believed(hosts)
     summary = summarize(hosts)
@@ -39,15 +40,19 @@ def text(realm, manifest, hosts, *, check_mode=False, abort=None, sweep=""):
     if abort:
         lines.append("STOPPED (%(code)s): %(message)s" % abort)
     lines += ["NOT PROVEN, so nothing is confirmed: %s" % why for why in (manifest or {}).get("unproven") or ()]
+    lines += ["NOT PUBLISHED: %s" % unpublished] if unpublished else []
     lines += _table(rows) if rows else []
     lines += _undo(hosts, sweep)
-    lines += _limited(_troubles(hosts, abort) + _held(hosts) + _failed(hosts))
+    lines += _limited(_troubles(hosts, abort) + _held(hosts) + _unreaped(hosts) + _failed(hosts))
     lines += _unseen(hosts)
     return "\n".join(printable(line) for line in lines)
 
 
-def as_json(realm, manifest, hosts, *, check_mode=False, abort=None, sweep=""):
-    """Return the same as a structure, with every family and every outcome."""
+def as_json(realm, manifest, hosts, *, check_mode=False, abort=None, sweep="", unpublished=None):
+    """Return the same as a structure, with every family and every outcome.
+
+    ``zombies`` are those that are left, by parent: ``[{parent: HOLDER, count, vms: [vm_id]}]``.
+    """
     hosts = _believed(hosts)
     said = ("source", "epoch", "count", "generated_at", "unproven")
     return {
@@ -56,11 +61,13 @@ def as_json(realm, manifest, hosts, *, check_mode=False, abort=None, sweep=""):
         "check_mode": check_mode,
         "sweep": sweep,
         "stopped": abort,
+        "unpublished": unpublished,
         "kinds": summarize(hosts),
         "hosts": {
             host: {
                 "refused": one["refused"],
                 "busy": one["busy"],
+                "evidence": one.get("evidence"),
                 "error": one["error"],
                 "absent": one["absent"],
                 "unavailable": one["unavailable"],
@@ -68,6 +75,7 @@ def as_json(realm, manifest, hosts, *, check_mode=False, abort=None, sweep=""):
                 "families": one["plan"]["families"] if one["plan"] else None,
                 "notices": one["plan"]["notices"] if one["plan"] else [],
                 "aside": _aside(one),
+                "zombies": _zombies(one),
                 "outcomes": one["outcomes"],
             }
             for host, one in sorted(hosts.items())
@@ -209,6 +217,10 @@ def _headline(realm, manifest, hosts, summary, check_mode, abort):
     )
 
 
+def _waits(reasons):
+    return reasons[0]["code"] == WAITS
+
+
 def _undo(hosts, sweep):
     """Say how to bring back what this sweep has set aside."""
     if not any(outcome["outcome"] == "set_aside" for one in hosts.values() for outcome in one["outcomes"]):
@@ -233,8 +245,21 @@ def _troubles(hosts, abort):
             lines.append("%s: busy: %s" % (host, one["busy"]))
         if one["error"]:
             lines.append("%s: %s" % (host, one["error"]))
+        lines += ["%s: %s" % (host, said) for said in _of_evidence(one.get("evidence"))]
         for notice in one["plan"]["notices"] if one["plan"] else []:
             lines.append("%s: %s" % (host, notice))
+    return lines
+
+
+def _of_evidence(evidence):
+    """Return what a person should know of a host's evidence: what is not as it should be."""
+    evidence = evidence if isinstance(evidence, dict) else {}
+    failed = [str(why) for why in evidence.get("failed") or ()] if isinstance(evidence.get("failed"), list) else []
+    lines = ["evidence failed: %s%s" % (failed[0], _more(len(failed) - 1))] if failed else []
+    for key, said in (("skipped", "no evidence of %d VMs"), ("short", "only metadata as evidence of %d VMs")):
+        count = evidence.get(key)
+        if isinstance(count, int) and count:
+            lines.append(said % count + ", reap_evidence_seconds was used up")
     return lines
 
 
@@ -245,11 +270,11 @@ def _held(hosts):
         for vm_id, family in one["plan"]["families"].items() if one["plan"] else ():
             for member in family["resources"]:
                 reasons = member["reasons"] or family["reasons"]
-                if member["verdict"] in HELD and reasons and reasons[0]["code"] != WAITS:
+                if member["verdict"] in HELD and reasons and not (_waits(reasons) or _is_its_parents(member)):
                     code = member["verdict"] if member["verdict"] != "held" else reasons[0]["code"]
                     groups.setdefault((host, member["kind"], code), []).append((vm_id, reasons[0]["text"]))
         for outcome in one["outcomes"]:
-            if outcome["outcome"] in ("deferred", "identity_changed"):
+            if outcome["outcome"] in ("deferred", "identity_changed") and not _is_its_parents(outcome):
                 who = ", ".join("%(type)s %(name)s" % holder for holder in outcome["holders"][:3])
                 said = "%s%s" % (outcome["message"] or outcome["outcome"], " (%s)" % who if who else "")
                 groups.setdefault((host, outcome["kind"], outcome["outcome"]), []).append((outcome["vm_id"], said))
@@ -257,6 +282,48 @@ def _held(hosts):
         "%s: %s held (%s): %s: %s%s" % (host, kind, code, cases[0][0], cases[0][1], _more(len(cases) - 1))
         for (host, kind, code), cases in sorted(groups.items())
     ]
+
+
+def _is_its_parents(one):
+    """Tell whether this is a zombie, held or deferred, of which we know the parent that does not reap it."""
+    if one["kind"] != "zombie" or one.get("outcome", one.get("verdict")) not in ("deferred", "held"):
+        return False
+    return any(holder["type"] == "process" and "note" in holder for holder in one["holders"])
+
+
+def _zombies(one):
+    """Return the zombies of a host that are left, grouped by their parent and by what it is left alone for."""
+    groups = {}
+    families = one["plan"]["families"].items() if one["plan"] else ()
+    found = [(vm_id, member) for vm_id, family in families for member in family["resources"]]
+    for vm_id, zombie in found + [(outcome["vm_id"], outcome) for outcome in one["outcomes"]]:
+        if _is_its_parents(zombie):
+            parent = zombie["holders"][0]
+            group = groups.setdefault((parent["name"], str(parent.get("note"))), {"parent": parent, "vms": []})
+            group["vms"].append(vm_id)
+    return [
+        {"parent": group["parent"], "count": len(group["vms"]), "vms": sorted(set(group["vms"]))}
+        for _key, group in sorted(groups.items())
+    ]
+
+
+def _unreaped(hosts):
+    """One line for each host and parent that does not reap its zombies, and for each unit that was restarted."""
+    lines = []
+    for host, one in sorted(hosts.items()):
+        for group in _zombies(one):
+            several, vms, note = group["count"] > 1, len(group["vms"]), group["parent"].get("note")
+            lines.append("%s: %d zombie%s of %d VM%s, %s parent %s does not reap %s%s" % (
+                host,
+                group["count"], "s" if several else "",
+                vms, "s" if vms > 1 else "",
+                "their" if several else "its",
+                group["parent"]["name"],
+                "them" if several else "it",
+                "; %s" % note if note else "",
+            ))
+        lines += ["%s: %s" % (host, outcome["message"]) for outcome in one["outcomes"] if outcome.get("restarted")]
+    return lines
 
 
 def _failed(hosts):

@@ -28,13 +28,13 @@ DRIVER = r"""
 import json, sys, time
 sys.path.insert(0, "/tmp/reaper")
 from ansible_collections.microvm.reaper.plugins.module_utils import containerd, grpc, probe
-from ansible_collections.microvm.reaper.plugins.module_utils.kinds import container, snapshot
+from ansible_collections.microvm.reaper.plugins.module_utils.kinds import container, snapshot, zombie
 
 opened = []
 connect = grpc.Connection.__init__
 grpc.Connection.__init__ = lambda self, *values: (opened.append(1), connect(self, *values))[1]
 ask = json.load(sys.stdin)
-kind = {"container": container, "snapshot": snapshot}[ask["kind"]]
+kind = {"container": container, "snapshot": snapshot, "zombie": zombie}[ask["kind"]]
 host = probe.Host(probe.boottime() + ask["seconds"])
 begin = time.monotonic()
 try:
@@ -173,6 +173,33 @@ def test_it_sees_what_ctr_sees(reaper):
         assert one["identity"] == expected
 
 
+ZOMBIE = """
+for stat in /proc/[0-9]*/stat; do
+    read -r pid command state parent rest < $stat && [ $state = Z ] && [ $parent = %s ] && echo $pid
+done 2>/dev/null
+true
+"""
+
+
+def test_row_18_a_parent_in_a_container_is_named_with_its_image(reaper):
+    reaper.run("keeper", command="/bin/sh -c 'sleep 0.1 & exec sleep 1000'")
+    parent = next(line.split()[1] for line in reaper.ctr("tasks ls").splitlines() if line.startswith("keeper "))
+    deadline = time.monotonic() + 10
+    while not (pid := reaper.shell(ZOMBIE % parent).strip()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    reaper.shell("mkdir -p /tmp/boxes/box1 && echo %s > /tmp/boxes/box1/pid" % pid)
+    rules = [{"command": "sleep", "pid_file": "/tmp/boxes/*/pid"}]
+    found = reaper.collect("zombie", rules)[pid]
+    keys = ("kind", "name", "vm_id", "identity", "details")
+    token = dict({key: found[key] for key in keys}, stop=False)
+    (outcome,) = reaper.ask("zombie", "remove", rules, tokens=[token])["result"]
+    (holder,) = outcome["holders"]
+    assert outcome["outcome"] == "deferred"
+    assert (holder["pid"], holder["container"], holder["image"]) == (int(parent), "keeper", reaper.image)
+    assert "container keeper, image %s" % reaper.image in outcome["message"]
+    assert holder["mount_namespace"]
+
+
 def test_stop_and_remove(reaper):
     rules = reaper.rule("(?P<vm_id>stop-[a-z]+)")
     reaper.run("stop-run", command="/bin/sh -c 'sleep 1000 & sleep 1000'")
@@ -188,6 +215,7 @@ def test_stop_and_remove(reaper):
     refused = reaper.act("container", "remove", rules, all_of_them[:2])
     assert [outcome for outcome, _holders in refused] == ["deferred", "deferred"]
     assert [holders[0][0] for _outcome, holders in refused] == ["process", "process"]
+    assert re.fullmatch(r"\d+ sleep \(.*container stop-run.*\)", refused[0][1][0][1])
     assert reaper.tasks()["stop-run"] == "RUNNING"
 
     assert reaper.act("container", "stop", rules, all_of_them[:2], stop=True) == [None, None]

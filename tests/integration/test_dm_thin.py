@@ -35,9 +35,10 @@ DRIVER = r"""
 import json, os, subprocess, sys, time
 sys.path.insert(0, "/tmp/reaper")
 from ansible_collections.microvm.reaper.plugins.module_utils import dm, dm_control, probe
-from ansible_collections.microvm.reaper.plugins.module_utils.kinds import dm_thin
+from ansible_collections.microvm.reaper.plugins.module_utils.kinds import dm_thin, thin_id
 
 ask = json.load(sys.stdin)
+kind = {"dm_thin": dm_thin, "thin_id": thin_id}[ask["kind"]]
 run, ioctl = probe.Host.run, dm_control._ioctl
 ran, requests = [], []
 
@@ -86,10 +87,10 @@ host.boot_id = ask.get("boot_id") or host.boot_id
 
 def work(_item):
     if ask["act"] == "collect":
-        return dm_thin.collect(ask["rules"], host)
+        return kind.collect(ask["rules"], host)
     if ask["act"] == "prepare":
-        return dm_thin.prepare(ask["tokens"], ask["rules"], host)
-    return [getattr(dm_thin, ask["act"])(token, ask["rules"], host) for token in ask["tokens"]]
+        return kind.prepare(ask["tokens"], ask["rules"], host)
+    return [getattr(kind, ask["act"])(token, ask["rules"], host) for token in ask["tokens"]]
 
 begin = time.monotonic()
 try:
@@ -105,6 +106,8 @@ print(json.dumps(dict(answer, seconds=seconds, commands=ran, **told_of)))
 
 class Reaper:
     """A test host, seen through dmsetup and through the collection's code."""
+
+    kind = "dm_thin"
 
     def __init__(self, state):
         inventory = (state / "inventory.yml").read_text()
@@ -129,7 +132,7 @@ class Reaper:
 
     def ask(self, act, tokens=(), rules=None, before=(), seconds=30, **more):
         """Return the driver's answer, None when it was killed on the way."""
-        ask = dict(more, act=act, tokens=list(tokens), rules=rules or RULES, before=list(before), seconds=seconds)
+        ask = dict(more, kind=self.kind, act=act, tokens=list(tokens), rules=rules or RULES, before=list(before), seconds=seconds)
         text = self.shell("python3 /tmp/driver.py || [ $? = 9 ]", data=json.dumps(ask).encode())
         return json.loads(text) if text else None
 
@@ -281,24 +284,55 @@ def test_another_pool_or_vm_is_not_ours(reaper, pool):
     assert "hyper-rw-vdead" in reaper.names()
 
 
-UNUSE = "kill $(cat /run/user); rm /run/user; umount /mnt; dmsetup remove on-it; swapoff -a; sleep 0.1"
+UNUSE = (
+    "kill $(cat /run/user); rm /run/user; umount /mnt; dmsetup remove on-it; swapoff -a; "
+    "losetup -d $(losetup --noheadings -O NAME -j /dev/mapper/hyper-rw-vdead); sleep 0.1"
+)
+# Has the volume in its memory only: it has closed it.
+MAPPED = """
+import ctypes, os, time
+volume = os.open("/dev/mapper/hyper-rw-vdead", os.O_RDONLY)
+ctypes.CDLL(None).mmap(None, ctypes.c_size_t(4096), 1, 1, volume, ctypes.c_long(0))
+os.close(volume)
+open("/run/mapped", "w").close()
+time.sleep(1000)
+"""
 
 
 @pytest.mark.parametrize(
-    ("use", "kind", "named"),
+    ("use", "kind", "named", "parts"),
     [
         (
             "setsid sleep 1000 < /dev/mapper/hyper-rw-vdead > /dev/null 2>&1 & echo $! > /run/user; "
             "until dmsetup info -c --noheadings -o open hyper-rw-vdead | grep -q 1; do sleep 0.05; done",
             "process",
-            "sleep",
+            " sleep (",
+            {"by": ["fd 0"], "fd": 0, "command": "sleep", "container": None, "mount_namespace": None},
         ),
-        ("mkfs.ext4 -qF /dev/mapper/hyper-rw-vdead; mount /dev/mapper/hyper-rw-vdead /mnt", "mount", "/mnt"),
-        ("echo 0 2048 linear /dev/mapper/hyper-rw-vdead 0 | dmsetup create on-it", "device", "on-it"),
-        ("mkswap /dev/mapper/hyper-rw-vdead; swapon /dev/mapper/hyper-rw-vdead", "swap", "/dev/"),
+        (
+            "rm -f /run/mapped; setsid python3 -c '%s' < /dev/null > /dev/null 2>&1 & echo $! > /run/user; "
+            "until [ -e /run/mapped ]; do sleep 0.05; done" % MAPPED,
+            "process",
+            "map)",
+            {"by": ["map"], "fd": None, "command": "python3"},
+        ),
+        (
+            "mkfs.ext4 -qF /dev/mapper/hyper-rw-vdead; mount /dev/mapper/hyper-rw-vdead /mnt",
+            "mount",
+            "/mnt",
+            {"mount_namespace": None},
+        ),
+        (
+            "echo 0 2048 linear /dev/mapper/hyper-rw-vdead 0 | dmsetup create on-it",
+            "device",
+            "on-it",
+            {"device": r"\d+:\d+"},
+        ),
+        ("losetup -f /dev/mapper/hyper-rw-vdead", "device", "loop", {"device": r"7:\d+"}),
+        ("mkswap /dev/mapper/hyper-rw-vdead; swapon /dev/mapper/hyper-rw-vdead", "swap", "/dev/", {}),
     ],
 )
-def test_row_20_21_a_busy_one_stays_and_its_user_is_named(reaper, pool, use, kind, named):
+def test_row_20_21_a_busy_one_stays_and_its_user_is_named(reaper, pool, use, kind, named, parts):
     pool.volume("hyper-rw-vdead", 1, mib=1)
     tokens = reaper.tokens("hyper-rw-vdead")
     reaper.shell(use)
@@ -307,6 +341,9 @@ def test_row_20_21_a_busy_one_stays_and_its_user_is_named(reaper, pool, use, kin
         outcome = reaper.act(act, tokens)
         assert (outcome["outcome"], outcome["message"]) == ("deferred", "busy")
         assert [(one["type"], named in one["name"]) for one in outcome["holders"]] == [(kind, True)], outcome
+        (holder,) = outcome["holders"]
+        for key, part in parts.items():
+            assert holder[key] == part or key == "device" and re.fullmatch(part, holder[key]), holder
     # Somebody opens it after we looked: the kernel itself refuses, and nothing is deleted.
     reaper.shell(UNUSE, check=False)
     outcome = reaper.act("remove", tokens, before=[{"command": "remove", "shell": use}])
@@ -535,3 +572,19 @@ def test_two_hundred_volumes_cost_four_commands(reaper, pool):
 def test_row_39_a_machine_without_device_mapper_has_none():
     with pytest.raises(probe.Absent, match="no device-mapper"):
         dm_thin.collect(RULES, probe.Host(probe.boottime() + 5))
+
+
+def test_a_witness_tells_of_all_volumes_with_four_commands(reaper, pool):
+    for number in range(20):
+        pool.volume("hyper-rw-v%d" % number, number, mib=1 if number == 3 else 0)
+    tokens = reaper.tokens(*["hyper-rw-v%d" % number for number in range(20)])
+    answer = reaper.ask("witness", tokens)
+    assert len(answer["commands"]) == 4 and len(answer["result"]) == 20
+    (told,) = answer["result"][3]
+    assert told["title"] == "dm_thin" and "hyper-rw-v3 in pool hyper-thinpool" in told["source"]
+    lines = dict(line.split(": ", 1) for line in told["text"].splitlines())
+    assert lines["table of the volume"].startswith("sectors=65536 words=") and "'3'" in lines["table of the volume"]
+    assert "'2048'" in lines["status of the volume"] and "'rw'" in lines["status of the pool"]
+    assert "name=hyper-rw-v3" in lines["info of the volume"]
+    reaper.shell("dmsetup remove hyper-rw-v3")
+    assert reaper.ask("witness", tokens[3:4])["error"] == "ProbeError"

@@ -457,6 +457,23 @@ def test_a_ledger_that_is_corrupt_or_cannot_be_written(pair: Fleet) -> None:
     assert pair.check("gone") == []
 
 
+def test_row_18_zombies_that_a_policy_leaves_are_told_by_their_parent(pair: Fleet) -> None:
+    """Their parent runs outside of all VMs, and in no unit: the last policy is the one that sends it a signal."""
+    struck(pair, {"live": 2, "orphans": 4, "zombies": 2, "containers": 0, "running_orphans": 0})
+    for policy, note in (("report", "reap_zombies is report"), ("with_family", "is with_family")):
+        listed(pair)
+        done = sweep(pair, reap_zombies=policy)
+        assert done.code == 0, done.output
+        for host in ("one", "two"):
+            (group,) = done.report["hosts"][host]["zombies"]
+            assert (group["count"], len(group["vms"]), note in group["parent"]["note"]) == (2, 2, True)
+            assert f"{host}: 2 zombies of 2 VMs, their parent {group['parent']['name']} does not reap" in done.output
+    listed(pair)
+    done = sweep(pair, reap_zombies="restart_unit", reap_zombies_restart_units=["*.service"])
+    assert done.code == 0 and [done.report["hosts"][host]["zombies"] for host in ("one", "two")] == [[], []]
+    assert pair.check("gone") == []
+
+
 def test_one_item_that_fails_does_not_stop_the_others(pair: Fleet) -> None:
     """The host fails in the end, and says which item it was; the next sweep tries again."""
     pair.plant(FEW)
@@ -511,6 +528,7 @@ BAD = {
     "no such choice": ({"reap_running": "maybe"}, ["reap_running", "maybe"]),
     "too few": ({"reap_strikes": 1}, ["reap_strikes must be a number, at least 2"]),
     "too many": ({"reap_max_percent_per_host": 150}, ["reap_max_percent_per_host"]),
+    "no unit": ({"reap_zombies": "restart_unit"}, ["reap_zombies_restart_units names no unit that may be restarted"]),
     "no such preset": ({"reap_presets": ["hyperion"]}, ["hyperion", "reap_presets"]),
     "no such source": ({"reap_live_sources": [{"type": "oracle"}]}, ["reap_live_sources[0]", "oracle"]),
     "no realm": ({"reap_realm": None}, ["reap_realm"]),

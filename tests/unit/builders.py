@@ -21,8 +21,15 @@ TRAITS = {
         "resumes": True,
         "aside": "always",
     },
-    "cgroup": {"order": 4, "stops": True, "depends_on": [], "resumes": False, "aside": "running"},
-    "zombie": {"order": 5, "stops": False, "depends_on": [], "resumes": False, "aside": None},
+    "thin_id": {
+        "order": 4,
+        "stops": False,
+        "depends_on": ["container", "snapshot", "dm_thin"],
+        "resumes": False,
+        "aside": None,
+    },
+    "cgroup": {"order": 5, "stops": True, "depends_on": [], "resumes": False, "aside": "running"},
+    "zombie": {"order": 6, "stops": False, "depends_on": [], "resumes": False, "aside": None},
 }
 
 

@@ -10,10 +10,10 @@ import subprocess
 import time
 
 import pytest
-from ansible_collections.microvm.reaper.plugins.module_utils import mounts
+from ansible_collections.microvm.reaper.plugins.module_utils import mounts, processes
 from ansible_collections.microvm.reaper.plugins.module_utils import resource as r
 from ansible_collections.microvm.reaper.plugins.module_utils.kinds import cgroup
-from ansible_collections.microvm.reaper.plugins.module_utils.probe import Absent, Host, Worker, boottime
+from ansible_collections.microvm.reaper.plugins.module_utils.probe import Absent, Host, ProbeError, Worker, boottime
 
 CAPTURES = pathlib.Path(__file__).parent / "captures"
 ROOT = "microvm-reaper-test-%d" % os.getpid()
@@ -429,3 +429,30 @@ def test_a_hierarchy_mounted_twice_counts_once_and_what_is_hidden_not_at_all():
 def test_without_cgroups_the_kind_is_absent():
     with pytest.raises(Absent):
         cgroup.cgroup_mounts(mounts.parse("1 1 0:1 / / rw - ext4 /dev/vda rw\n"))
+
+
+@needs_cgroups
+def test_a_witness_tells_how_it_was_used_and_what_is_in_it(parent, host):
+    path = parent.make("vabc")
+    process = parent.start(parent.make("vabc/inner"))
+    (told,) = cgroup.witness(token(host, path), RULES, host)
+    assert (told["title"], told["source"]) == ("cgroup", path)
+    wanted = "== cgroup.events\npopulated 1\n" if parent.version == 2 else "== cgroup.procs\n"
+    assert wanted in told["text"]
+    while processes.stat(process.pid).command != "sleep":
+        time.sleep(0.01)
+    (told,) = cgroup.witness(token(host, path), RULES, host)
+    assert "== process %d sleep state S: sleep 60\n" % process.pid in told["text"]
+    assert not process.poll()
+
+
+@needs_cgroups
+def test_a_cgroup_made_again_is_no_evidence(parent, host):
+    path = parent.make("vabc")
+    old = token(host, path)
+    os.rmdir(path)
+    parent.make("vabc")
+    with pytest.raises(ProbeError, match="another cgroup"):
+        cgroup.witness(old, RULES, host)
+    with pytest.raises(ProbeError, match="not below"):
+        cgroup.witness(dict(old, name=parent.path), RULES, host)

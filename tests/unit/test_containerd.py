@@ -73,12 +73,19 @@ def daemon(monkeypatch, tmp_path):
 
 
 @pytest.fixture(params=sorted(VERSIONS))
-def captured(request, daemon):
-    """A daemon that answers what a real one did; its address and namespace."""
+def captured(request, daemon, monkeypatch):
+    """A daemon that answers what a real one did, at that time; its address and namespace."""
+    monkeypatch.setattr(containerd.time, "time", lambda: 1_795_330_000.0)
     answers = json.loads((CAPTURES / (request.param + ".json")).read_text())
 
     def answer(call, message, namespace):
         assert namespace == VERSIONS[request.param]
+        # Recorded with a filter, by a label that we look for ourselves now; and without the images.
+        call = next((key for key in answers if call == "content.v1.Content/List" and key.startswith(call)), call)
+        if call == "images.v1.Images/List":
+            return [b""]
+        if call in answers:
+            return [base64.b64decode(one) for one in answers[call]]
         return [base64.b64decode(one) for one in answers["%s %s" % (call, message.hex())]]
 
     fake, address = daemon(answer)
@@ -145,7 +152,7 @@ def test_snapshots_of_a_real_daemon(captured):
     assert listed["overlayfs/obuilder-1-committed"]["parent"] is None
     assert listed["overlayfs/obuilder-1-committed"]["identity"].endswith(":committed:")
     assert listed["overlayfs/obuilder-2"]["identity"].endswith(":active:obuilder-1-committed")
-    assert len(fake.calls) == 5  # whatever their number; one more for each further lease
+    assert len(fake.calls) == 6  # whatever their number; one more for each further lease
 
 
 def test_hostile_snapshot_keys_never_match(captured):
@@ -160,6 +167,7 @@ class World:
     def __init__(self):
         self.containers, self.tasks, self.snapshots, self.leases, self.blobs = {}, {}, {}, {}, []
         self.mounts = []
+        self.images, self.expiry, self.strangers = [], {}, []
         self.done = []
         self.on = {}  # call -> a function to be called before it
         self.dies = True
@@ -184,11 +192,19 @@ class World:
     def answer(self, call, message, namespace):
         service, _slash, method = call.partition("/")
         if namespace != "vms":
-            return [b""] if call in ("tasks.v1.Tasks/List", "leases.v1.Leases/List") else []
+            single = ("tasks.v1.Tasks/List", "leases.v1.Leases/List", "images.v1.Images/List")
+            return [b""] if call in single else self.elsewhere(call)
         self.on.pop(call, lambda: None)()
         ask, tell = containerd.CALLS[call]
         answers = getattr(self, service.split(".")[0] + "_" + method.lower())(decode(ask, message))
         return [encode(tell, one) for one in answers]
+
+    def elsewhere(self, call):
+        """What the namespace `other` answers."""
+        if call == "namespaces.v1.Namespaces/List":
+            return [encode(containerd.CALLS[call][1], {"namespaces": [{"name": "vms"}, {"name": "other"}]})]
+        ours = call == "containers.v1.Containers/ListStream"
+        return [encode(containerd.CALLS[call][1], {"container": one}) for one in self.strangers if ours]
 
     @staticmethod
     def find(table, key):
@@ -256,7 +272,25 @@ class World:
         return [{}]
 
     def leases_list(self, _ask):
-        return [{"leases": [{"id": name} for name in self.leases]}]
+        expiry = containerd.GC_EXPIRE
+        return [
+            {"leases": [{"id": one, "labels": {expiry: self.expiry[one]} if one in self.expiry else {}} for one in self.leases]}
+        ]
+
+    def leases_create(self, ask):
+        assert ask["id"] and containerd.GC_EXPIRE in ask["labels"]
+        self.done.append("create lease")
+        self.leases[ask["id"]] = []
+        return [{"lease": {"id": ask["id"], "labels": {}}}]
+
+    def leases_delete(self, ask):
+        assert ask["sync"]
+        self.done.append("delete lease, and collect")
+        del self.leases[ask["id"]]
+        return [{}]
+
+    def images_list(self, _ask):
+        return [{"images": self.images}]
 
     def leases_listresources(self, ask):
         return [{"resources": self.find(self.leases, ask["id"])}]
@@ -551,22 +585,192 @@ def test_a_mounted_snapshot_is_held(world, monkeypatch):
     world.add_snapshot("s")
     world.mounts = [{"type": "overlay", "source": "overlay", "options": ["lowerdir=/l", "upperdir=/snap/5/fs"]}]
     mountinfo = "1 0 0:1 / /mnt/vm\\040x rw - overlay overlay rw,lowerdir=/l,upperdir=/snap/5/fs,workdir=/w\n"
-    monkeypatch.setattr(snapshot, "read_text", lambda _path, _limit: mountinfo)
+    monkeypatch.setattr(snapshot.mounts, "text", lambda _pid="self": mountinfo)
     one = token(world, snapshot, rules, "vms/overlayfs/s")
-    assert result(snapshot.remove(one, rules, Host())) == ("deferred", [("mount", "/mnt/vm\\040x")])
+    assert result(snapshot.remove(one, rules, Host())) == ("deferred", [("mount", "/mnt/vm x")])
 
 
-def test_mount_points():
-    mountinfo = (
-        "22 1 0:21 / /proc rw shared:5 - proc proc rw\n"
-        "90 1 0:50 / /a rw - overlay overlay rw,lowerdir=/l1:/l2,upperdir=/s/1/fs,workdir=/s/1/work\n"
-        "91 1 0:51 / /b rw - overlay overlay rw,upperdir=/s/11/fs\n"
-        "92 1 254:3 / /c rw shared:1 master:2 - ext4 /dev/mapper/pool-snap-3 rw\n"
-        "garbage\n - \n"
-    )
-    assert snapshot.mount_points(mountinfo, {"upperdir=/s/1/fs"}) == ["/a"]
-    assert snapshot.mount_points(mountinfo, {"/dev/mapper/pool-snap-3"}) == ["/c"]
-    assert snapshot.mount_points(mountinfo, set()) == []
+HERE = (
+    "20 1 0:20 / / rw - ext4 /dev/vda rw\n"
+    "22 20 0:21 / /proc rw shared:5 - proc proc rw\n"
+    "90 20 0:50 / /a\\040b rw - overlay overlay rw,lowerdir=/l1:/l2,upperdir=/s/1/fs,workdir=/s/1/work\n"
+    "91 20 0:51 / /b rw - overlay overlay rw,upperdir=/s/11/fs\n"
+    "92 20 254:3 / /c rw shared:1 master:2 - ext4 /dev/mapper/pool-snap-3 rw\n"
+    "garbage\n - \n"
+)
+# Another mount namespace: it has pivoted into /elsewhere, and a directory of a snapshot bound to /data.
+THERE = "30 1 0:20 /elsewhere / rw - ext4 /dev/vda rw\n31 30 0:20 /s/2/fs/sub /data rw - ext4 /dev/vda rw\n"
+
+
+def test_mount_points(monkeypatch):
+    monkeypatch.setattr(snapshot.mounts, "text", lambda pid="self": THERE if pid == 2 else HERE)
+    monkeypatch.setattr(snapshot.processes, "pids", lambda: [1, 2, 3])
+    monkeypatch.setattr(snapshot.os, "readlink", lambda path: "mnt:" + ("2" if "/2/" in path else "1"))
+    assert snapshot.mount_points({"/s/1"}, set()) == ["/a b"]
+    assert snapshot.mount_points({"/s/2"}, set()) == ["/data"]
+    assert snapshot.mount_points({"/s/3"}, set()) == []
+    assert snapshot.mount_points(set(), {"254:3"}) == ["/c"]
+    assert snapshot.mount_points({"/elsewhere"}, set()) == ["/"]
+    assert snapshot.mount_points(set(), set()) == []
+
+
+def test_what_is_mounted_in_a_snapshot_holds_it(monkeypatch):
+    """Whoever removes the directory removes what is in it."""
+    inside = HERE + "93 20 0:60 / /s/5/fs/mnt rw - tmpfs tmpfs rw\n"
+    monkeypatch.setattr(snapshot.mounts, "text", lambda _pid="self": inside)
+    assert snapshot.mount_points({"/s/5"}, set()) == ["/s/5/fs/mnt"]
+
+
+def spec(**more):
+    return {"value": json.dumps(dict({"ociVersion": "1", "mounts": [{"source": "proc"}]}, **more))}
+
+
+@pytest.mark.parametrize(
+    ("given", "holds"),
+    [
+        (spec(), False),
+        (None, False),
+        (spec(mounts=[{"source": "/snap/5/fs"}]), True),
+        (spec(mounts=[{"source": "/snap/5/fs/etc/x"}]), True),
+        (spec(mounts=[{"source": "/snap/5"}]), True),
+        (spec(mounts=[{"source": "/snap/55/fs"}, {"source": "/"}, {"source": "/snap"}]), False),
+        (spec(mounts=[{"source": "overlay", "options": ["ro", "lowerdir=/x:/snap/5/fs"]}]), True),
+        (spec(root={"path": "/snap/5/fs"}), True),
+        (spec(root=None, mounts=None), False),
+        ({"value": "{/snap/5/fs"}, True),
+        ({"value": "[]"}, False),
+        ({"value": '["/snap/5/fs"]'}, True),
+    ],
+)
+def test_a_container_of_another_namespace_that_has_its_files_holds_it(world, given, holds):
+    rules = [dict(world.place, name="(?P<vm_id>s)")]
+    world.add_snapshot("s")
+    world.mounts = [{"type": "bind", "source": "/snap/5/fs", "options": ["rw", "rbind"]}]
+    open_socket(world)
+    created = {"seconds": 1, "nanos": 1}
+    world.strangers = [
+        {"id": "x", "labels": {}, "snapshotter": "overlayfs", "snapshot_key": "s", "created_at": created, "spec": given}
+    ]
+    one = token(world, snapshot, rules, "vms/overlayfs/s")
+    expected = ("deferred", [("container", "other/x")]) if holds else ("reaped", [])
+    assert result(snapshot.remove(one, rules, Host())) == expected
+
+
+def open_socket(world):
+    """Where no socket is, there is no daemon whose namespaces could be listed."""
+    pathlib.Path(world.address).touch()
+
+
+def test_the_same_key_in_another_namespace_is_another_snapshot(world):
+    rules = [dict(world.place, name="(?P<vm_id>s)")]
+    world.add_snapshot("s")
+    created = {"seconds": 1, "nanos": 1}
+    world.strangers = [{"id": "x", "labels": {}, "snapshotter": "overlayfs", "snapshot_key": "s", "created_at": created}]
+    one = token(world, snapshot, rules, "vms/overlayfs/s")
+    assert result(snapshot.remove(one, rules, Host())) == ("reaped", [])
+
+
+NOW = 1_795_330_000  # 2026-11-22T06:46:40Z
+
+
+@pytest.mark.parametrize(
+    ("until", "is_over"),
+    [
+        ("2026-11-22T06:45:39Z", True),
+        ("2026-11-22T06:45:40Z", False),  # a minute ago, not more
+        ("2026-11-22T06:45:39.999999999Z", True),
+        ("2026-11-22T07:45:39+01:00", True),
+        ("2026-11-22T07:45:41+01:00", False),
+        ("2026-11-22T01:15:39-05:30", True),
+        ("2027-01-01T00:00:00Z", False),
+        ("2026-13-22T06:45:39Z", False),
+        ("2026-11-22", False),
+        ("yesterday", False),
+        ("", False),
+        (None, False),
+    ],
+)
+def test_when_a_lease_is_over(until, is_over):
+    assert containerd.has_expired(until, NOW) is is_over
+
+
+def leased(world, until):
+    world.add_snapshot("s")
+    world.leases["old"] = [{"id": "s", "type": "snapshots/overlayfs"}]
+    world.expiry["old"] = until
+    return [dict(world.place, name="(?P<vm_id>[a-z]+)")]
+
+
+@pytest.fixture
+def not_nudged(monkeypatch):
+    monkeypatch.setattr(snapshot, "_nudged", set())
+
+
+PAST, FUTURE = "2020-01-01T00:00:00Z", "2120-01-01T00:00:00Z"
+
+
+def test_a_lease_that_is_over_is_for_containerd_to_collect(world, not_nudged):
+    rules = leased(world, PAST)
+    one = token(world, snapshot, rules, "vms/overlayfs/s")
+    assert snapshot.inspect(one, rules, Host()) is None
+    assert world.done == []
+    world.on["leases.v1.Leases/Delete"] = lambda: world.leases.pop("old")
+    assert result(snapshot.remove(one, rules, Host())) == ("reaped", [])
+    assert world.done == ["create lease", "delete lease, and collect", "remove snapshot s"]
+
+
+def test_what_containerd_collects_with_the_lease_is_reaped(world, not_nudged):
+    rules = leased(world, PAST)
+    one = token(world, snapshot, rules, "vms/overlayfs/s")
+    world.on["leases.v1.Leases/Delete"] = lambda: (world.leases.pop("old"), world.snapshots.clear())
+    found = snapshot.remove(one, rules, Host())
+    assert (found["outcome"], found["bytes"]) == ("reaped", 4096)
+    assert world.done == ["create lease", "delete lease, and collect"]
+
+
+def test_containerd_is_asked_once_and_a_lease_that_stays_holds(world, not_nudged):
+    rules = leased(world, PAST)
+    world.add_snapshot("t")
+    world.leases["old"].append({"id": "t", "type": "snapshots/overlayfs"})
+    for name in ("s", "t"):
+        one = token(world, snapshot, rules, "vms/overlayfs/" + name)
+        assert result(snapshot.remove(one, rules, Host())) == ("deferred", [("lease", "old")])
+    assert world.done == ["create lease", "delete lease, and collect"]
+
+
+def test_nobody_is_nudged_for_what_something_else_holds(world, not_nudged):
+    rules = leased(world, PAST)
+    one = token(world, snapshot, rules, "vms/overlayfs/s")
+    for hold in (lambda: world.add_snapshot("kid", parent="s"), lambda: world.leases.update(night=world.leases["old"])):
+        hold()
+        assert snapshot.remove(one, rules, Host())["outcome"] == "deferred"
+    rules = leased(world, FUTURE)
+    one = token(world, snapshot, rules, "vms/overlayfs/s")
+    assert snapshot.remove(one, rules, Host())["outcome"] == "deferred"
+    assert world.done == []
+
+
+def test_images_and_back_references_hold_a_snapshot_while_they_are_there(world):
+    rules = [dict(world.place, name="(?P<vm_id>s[0-9])")]
+    label, back = "containerd.io/gc.ref.snapshot.overlayfs", "containerd.io/gc.bref."
+    labels = [{}, {}, {back + "container": "box"}, {back + "container": "gone"}, {back + "content.x": "sha256:1"}]
+    labels += [{back + "image": "busybox"}, {back + "snapshot.overlayfs/1": "s0"}, {back + "snapshot.zfs": "there"}]
+    for number, one in enumerate(labels):
+        world.add_snapshot("s%d" % number, labels=one)
+    world.add_container("box")
+    world.blobs = [{"digest": "sha256:1", "labels": {label + "/2": "s1"}}]
+    world.images = [{"name": "busybox", "labels": {label: "s0"}}]
+    found = {one["vm_id"]: one["holders"] for one in snapshot.collect(rules, Host())["resources"]}
+    assert {name: [(one["type"], one["name"]) for one in holders] for name, holders in found.items()} == {
+        "s0": [("image", "busybox")],
+        "s1": [("image", "sha256:1")],
+        "s2": [("container", "box")],
+        "s3": [],
+        "s4": [("content", "sha256:1")],
+        "s5": [("image", "busybox")],
+        "s6": [("snapshot.overlayfs", "s0")],
+        "s7": [("snapshot.zfs", "there")],
+    }
 
 
 def test_usage_that_cannot_be_told_does_not_hinder(world):
@@ -672,3 +876,24 @@ def test_a_fork_opens_its_own_connection(world):
         os._exit(world.fake.opened)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2
     assert world.fake.opened == 1
+
+
+# --- evidence
+
+
+def test_a_witness_tells_the_records(world):
+    world.add_container("vm-a", status=2, labels={"owner": "\udcff"}, key="vm-a")
+    world.containers["vm-a"]["image"] = "docker.io/library/x:1"
+    world.add_snapshot("vm-a", parent="base")
+    for kind, name, expected in (
+        (container, "vms/vm-a", ('"image": "docker.io/library/x:1"', '"owner": "\\udcff"', '"pid": 42')),
+        (snapshot, "vms/overlayfs/vm-a", ('"parent": "base"', '"seconds": 1000')),
+    ):
+        rules = [dict(world.place, name=VM)]
+        one = token(world, kind, rules, name)
+        (told,) = kind.witness(one, rules, Host())
+        assert all(text in told["text"] for text in expected), told
+        assert name in told["source"] and told["title"] == kind.KIND
+        with pytest.raises(ProbeError, match="another " + kind.KIND):
+            kind.witness(dict(one, identity="x"), rules, Host())
+    assert world.done == []

@@ -41,6 +41,13 @@ def struck(*things, **changes):
     return remembered(plan(facts(*things), **changes))
 
 
+def set_aside(kind="jail", state="aside"):
+    """Return the ledger of a host on which a thing was set aside at 1060 s."""
+    held = {"kind": kind, "name": "v1.%s" % kind, "vm_id": "v1", "identity": "id of v1.%s" % kind, "details": {}}
+    held.update(since=1060.0, boot_id="boot-1", sweep="s1", state=state)
+    return dict(ledgers.empty(REALM), aside=[held])
+
+
 CGROUP = thing("cgroup", "v1")
 VOLUME = thing("dm_thin", "v1")
 
@@ -70,6 +77,23 @@ CASES = {
         (facts(CGROUP, now=1070, ledger=struck(CGROUP)),
          listed(tombstones=[{"vm_id": "v1", "destroyed_at": NOW - 300}])), {"hold": 86400 * 3},
         "held", ["was destroyed 300 s ago", "waiting where it is for 0 s, and reap_hold is 259200"],
+    ),
+    "set aside": (
+        (facts(now=1400, ledger=set_aside()),), {"hold": 3600},
+        "held", ["jail v1.jail was set aside 340 s ago by the sweep s1. It is removed when reap_hold, 3600 s, is over",
+                 "playbooks/undo.yml -e vm_id=v1 brings it back"],
+    ),
+    "set aside before a reboot": (
+        (facts(now=1400, boot="boot-2", ledger=set_aside()),), {"hold": {"jail": 7200}},
+        "held", ["v1.jail was set aside before the last boot", "reap_hold, 7200 s (2.0 hours), is over"],
+    ),
+    "left where it is": (
+        (facts(CGROUP, now=1400, ledger=set_aside(state="waiting", kind="cgroup")),), {"hold": 3600},
+        "suspected", ["cgroup v1.cgroup is left where it is, confirmed 340 s ago"],
+    ),
+    "to be set aside": (
+        (facts(thing("jail", "v1"), now=1070, ledger=struck(thing("jail", "v1"))),), {"hold": 3600},
+        "confirmed", ["The next sweep sets aside, in this order: jail v1.jail."],
     ),
     "confirmed": (
         (facts(CGROUP, thing("jail", "v1"), now=1070, ledger=struck(CGROUP, thing("jail", "v1"))),), {},
@@ -222,7 +246,7 @@ def test_no_code_of_the_planner_or_the_brake_is_without_a_sentence():
     reasons = codes(planner, "_reason")
     assert {"too_young", "absent", "running"} <= reasons
     members = codes(planner, "_hold", place=1)
-    assert members == {"zombie", "busy", "hold"}
+    assert members == {"zombie", "busy", "hold", "unmapped_thin_id"}
     assert reasons | members == set(explaining.REASONS)
     refusals = codes(planner, "_refusal")
     assert {"blind", "host_cap", "latched"} <= refusals
@@ -351,7 +375,7 @@ def test_an_intent_without_an_outcome_and_without_reasons():
 def test_sweeps_are_told_apart_and_the_oldest_summed_up():
     many = [entry("outcome", outcome="deferred", sweep="s%d" % number, time="t%d" % number) for number in range(25)]
     text = said(facts(), journal=many)[1]
-    assert "The journal has 5 earlier removals of it." in text
+    assert "The journal has 5 earlier acts on it." in text
     assert ("sweep s4:" in text, "sweep s5:" in text, "sweep s24:" in text) == (False, True, True)
     assert "more than 5 earlier" in said(facts(), journal={"entries": many, "truncated": True})[1]
     assert "more than 0 earlier" in said(facts(), journal={"entries": many[:1], "truncated": True})[1]
@@ -464,3 +488,23 @@ def test_the_outlook_costs_what_the_family_costs():
 
 def test_traits_of_the_tests_are_those_of_the_kinds():
     assert outlook.TRAITS == TRAITS
+
+
+def test_a_journal_that_was_changed_is_told():
+    journal = {"entries": [], "truncated": False, "broken": "line 3 of journal.jsonl does not follow the line before it"}
+    verdict, told = said(facts(CGROUP), journal=journal)
+    assert (verdict, told.count("The journal is not as it was written: line 3 of")) == ("suspected", 1)
+
+
+def test_what_the_journal_says_of_the_ladder():
+    entry = {"time": "2026-11-22T02:00:00Z", "sweep": "s1", "kind": "jail", "name": "v1.jail", "vm_id": "v1"}
+    entries = [
+        dict(entry, what="intent", step="aside"), dict(entry, what="outcome", outcome="set_aside"),
+        dict(entry, what="intent", step="bring_back", sweep="s2"),
+        dict(entry, what="outcome", outcome="restored", sweep="s2"),
+        dict(entry, what="intent", step="aside", sweep="s3"),
+    ]
+    told = said(facts(CGROUP), journal=entries)[1]
+    for words in ("sweep s1: jail v1.jail was set aside", "sweep s2: jail v1.jail was brought back",
+                  "sweep s3: jail v1.jail was about to be set aside, and what came of that"):
+        assert words in told

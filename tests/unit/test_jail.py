@@ -394,7 +394,9 @@ def test_a_process_in_a_jail_protects_it(base, rules, host, started, enter):
     for act in (jail.inspect, jail.remove):
         outcome = act(one, rules, host)
         assert outcome["outcome"] == r.DEFERRED
-        assert [holder["name"].split()[0] for holder in outcome["holders"]] == [str(pid)]
+        (holder,) = outcome["holders"]
+        assert (holder["pid"], "cwd" in holder["by"] or "root" in holder["by"]) == (pid, True)
+        assert (holder["mount_namespace"] is not None) == (enter in (pivot, new_namespace_only))
     assert (path / "root" / "firecracker").exists()
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
@@ -412,7 +414,10 @@ def test_a_process_whose_executable_is_in_a_jail_protects_it(base, rules, host, 
         program.unlink()
     assert collected(rules, host)[str(path)]["in_use"]
     outcome = removed(path, rules, host)
-    assert (outcome["outcome"], outcome["holders"]) == (r.DEFERRED, [r.holder("process", "%d vmm" % process.pid)])
+    (holder,) = outcome["holders"]
+    assert (outcome["outcome"], holder["type"], holder["pid"]) == (r.DEFERRED, "process", process.pid)
+    assert holder["name"].startswith("%d vmm (" % process.pid) and holder["name"].endswith("exe)")
+    assert (holder["by"], holder["fd"]) == (["exe"], None)
 
 
 def test_processes_that_cannot_be_seen_make_the_kind_unreadable(base, rules):

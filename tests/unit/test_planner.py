@@ -465,6 +465,101 @@ def test_row_18_zombies_by_policy():
     assert names(sweep_twice(zombie)) == ["v1.zombie"]
     result = sweep_twice(zombie, zombies="report")
     assert (names(result), reasons(result, "v1")) == ([], {"absent", "zombie"})
+    (left,) = result["families"]["v1"]["resources"]
+    note = {"unit": None, "container": None, "image": None, "note": "reap_zombies is report"}
+    assert left["holders"] == [dict(r.holder("process", "pid 7"), **note)]
+
+
+def zombie_of(**details):
+    parent = dict({"parent": "7 keeper", "parent_unit": None, "parent_vm": None, "parent_container": None}, **details)
+    return thing("zombie", "v1", parent="7", details=parent)
+
+
+@pytest.mark.parametrize("hostile", [{}, {"parent_unit": 7, "parent": ["x"], "parent_vm": {}}, {"parent_unit": "x"}])
+@pytest.mark.parametrize("zombies", planner.ZOMBIE_POLICIES)
+def test_row_36_a_host_may_say_anything_of_a_parent(hostile, zombies):
+    zombie = thing("zombie", "v1", parent="7", details=hostile)
+    sweep_twice(zombie, thing("cgroup", "v1", in_use=True), running="confirmed", zombies=zombies,
+                zombies_restart_units=["x.service"])
+
+
+@pytest.mark.parametrize(
+    ("patterns", "unit", "running", "way"),
+    [
+        (["keeper.service"], "keeper.service", "never", {"unit": "keeper.service", "may_end": False}),
+        (["x", "keep*@*.service"], "keeper@1.service", "confirmed", {"unit": "keeper@1.service", "may_end": True}),
+        (["keeper.service"], "keeper.service", "tombstoned", {"unit": "keeper.service", "may_end": False}),
+        (["keeper"], "keeper.service", "never", None),
+        (["KEEPER.service"], "keeper.service", "never", None),
+        (["*"], None, "never", None),
+        (["*"], 7, "never", None),
+    ],
+)
+def test_row_18_only_a_unit_that_is_named_may_be_restarted(patterns, unit, running, way):
+    zombie = zombie_of(parent_unit=unit)
+    result = sweep_twice(zombie, zombies="restart_unit", zombies_restart_units=patterns, running=running)
+    added = dict(way, how="restart_unit") if way else {}
+    assert [token["details"] for token in result["reap"]] == [dict(zombie["details"], **added)]
+    # The list alone allows nothing.
+    result = sweep_twice(zombie, zombies_restart_units=patterns, running=running)
+    assert [token["details"] for token in result["reap"]] == [zombie["details"]]
+
+
+STOPPED = thing("cgroup", "v1", in_use=True)
+TASK = thing("container", "v1", in_use=True, details={"id": "c1"})
+INSIDE = {"parent_vm": "v1"}
+
+
+@pytest.mark.parametrize(
+    ("details", "others", "goes"),
+    [
+        (INSIDE, [STOPPED], True),
+        ({"parent_container": "c1"}, [TASK], True),
+        ({"parent_container": "c2"}, [TASK], False),
+        ({"parent_container": None}, [thing("container", "v1", in_use=True)], False),
+        ({"parent_vm": "v2"}, [STOPPED, thing("cgroup", "v2", in_use=True)], False),
+        ({}, [STOPPED], False),
+        (INSIDE, [thing("cgroup", "v1")], False),
+        (INSIDE, [thing("jail", "v1", in_use=True)], False),
+        (INSIDE, [], False),
+        # What would be stopped stays for a reason of its own.
+        (INSIDE, [thing("cgroup", "v1", in_use=True, holders=[r.holder("systemd_unit", "x.scope")])], False),
+    ],
+)
+def test_row_18_zombies_go_with_the_parent_that_is_stopped_with_their_vm(details, others, goes):
+    zombie = zombie_of(**details)
+    result = sweep_twice(zombie, *others, zombies="with_family", running="confirmed")
+    assert ("v1.zombie" in names(result)) == goes
+    if goes:
+        assert names(result)[-1] == "v1.zombie"
+        assert result["reap"][-1]["details"] == dict(zombie["details"], how="with_family")
+    else:
+        (left,) = [one for one in result["families"]["v1"]["resources"] if one["kind"] == "zombie"]
+        assert left["verdict"] == "held"
+        assert left["reasons"][0]["code"] == "zombie"
+        assert left["reasons"][0]["text"].startswith("its parent 7 keeper")
+        assert "is not stopped by this plan" in left["reasons"][0]["text"]
+
+
+@pytest.mark.parametrize(("zombies", "goes"), [("with_family", True), ("notify_parent", False)])
+@pytest.mark.parametrize("age", [1.0, None])
+def test_what_makes_new_zombies_all_the_time_goes_when_its_zombies_go_with_it(zombies, goes, age):
+    def new(number):
+        return thing("zombie", "v1", name=str(number), age=age, parent="7", details=INSIDE)
+
+    result = sweep_twice(STOPPED, new(1), again=(STOPPED, new(2)), zombies=zombies, running="confirmed")
+    assert ("v1.cgroup" in names(result)) == goes
+
+
+def test_zombies_do_not_make_their_family_go_sooner():
+    """It is judged by the rest of it, as if there were no zombies."""
+    old, young = zombie_of(**INSIDE), thing("cgroup", "v1", in_use=True, age=1.0)
+    for one in (young, STOPPED):
+        rules = {"zombies": "with_family", "running": "confirmed", "between": 59.0}
+        assert names(sweep_twice(old, one, **rules)) == names(sweep_twice(one, **rules)) == []
+    assert names(sweep_twice(old, STOPPED, zombies="with_family", running="never")) == []
+    live = sweep_twice(old, STOPPED, zombies="with_family", running="confirmed", host_share=share(live=["v1"]))
+    assert names(live) == []
 
 
 def test_pins():
@@ -643,6 +738,10 @@ def test_counts_of_kinds_and_vms():
         ({"max_per_host": None}, "reap_max_per_host"),
         ({"running": "always"}, "reap_running"),
         ({"zombies": "kill"}, "reap_zombies"),
+        ({"zombies": "restart_unit"}, "reap_zombies_restart_units names no unit that may be restarted"),
+        ({"zombies_restart_units": "x.service"}, "reap_zombies_restart_units must be a list"),
+        ({"zombies_restart_units": [""]}, "reap_zombies_restart_units must be a list"),
+        ({"zombies_restart_units": [7]}, "reap_zombies_restart_units must be a list"),
         ({"keep": "v1"}, "reap_keep"),
         ({"keep": [1]}, "reap_keep"),
         ({"strike": 2}, "strike"),

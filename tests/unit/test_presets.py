@@ -116,3 +116,14 @@ def test_a_preset_of_ones_own():
 def test_bad_presets_are_named(preset, said):
     with pytest.raises(presets.PresetError, match=said):
         presets.rules([preset])
+
+
+@pytest.mark.parametrize("preset", ["hyper", "firecracker-jailer"])
+def test_the_presets_of_jails_say_where_their_logs_are(preset):
+    assert all(rule["evidence"] for rule in presets.rules([preset])["jail"])
+
+
+def test_a_glob_that_leads_out_of_the_jail_is_refused():
+    rule = {"base": "/srv/jailer", "name": "(?P<vm_id>.*)", "evidence": ["../../etc/shadow"]}
+    with pytest.raises(presets.PresetError, match="globs relative to the jail"):
+        presets.rules([{"rules": {"jail": [rule]}}])

@@ -31,7 +31,7 @@ def test_a_quiet_sweep():
     quiet = plan(facts(thing("cgroup", "v1"), absent=["dm_thin"]), share(live=["v1"]))
     assert text({"h1": host(quiet, absent={"dm_thin": "the kernel has no device-mapper"})}) == (
         "microvm.reaper: realm prod, 1 host, 12 VMs live by file live.yml: nothing to reap\n"
-        "h1: looked at cgroup, container, jail, snapshot, zombie; not on this host: dm_thin (the kernel has no"
+        "h1: looked at cgroup, container, jail, snapshot, thin_id, zombie; not on this host: dm_thin (the kernel has no"
         " device-mapper)"
     )
 
@@ -53,9 +53,59 @@ def test_a_busy_sweep():
         "h2    cgroup     0          1          0       0      0     0       0           -",
         "h1: jail held (process): v3: held by process 77 (sh)",
         "h1: jail v2.jail FAILED: No space left on device",
-        "h1: looked at cgroup, container, dm_thin, jail, snapshot, zombie",
-        "h2: looked at cgroup, dm_thin, jail, snapshot, zombie; COULD NOT READ container (no answer)",
+        "h1: looked at cgroup, container, dm_thin, jail, snapshot, thin_id, zombie",
+        "h2: looked at cgroup, dm_thin, jail, snapshot, thin_id, zombie; COULD NOT READ container (no answer)",
     ])
+
+
+def of_parent(name, note=None):
+    return dict(r.holder("process", name), pid=812, unit="containerd.service", image="y", note=note)
+
+
+SHIM = "812 containerd-shim (unit containerd.service, container x, image y)"
+
+
+def test_row_18_zombies_are_told_by_the_parent_that_does_not_reap_them():
+    zombies = [thing("zombie", "v%d" % (number % 3), name=str(number), details={}) for number in range(15)]
+    result = sweep_twice(*zombies)
+    done = outcomes(result["reap"], r.DEFERRED)
+    for number, one in enumerate(sorted(done, key=lambda one: int(one["name"]))):
+        one["holders"] = [of_parent(SHIM) if number < 14 else of_parent("9 x", "it is stopped")]
+    busy = dict(outcomes([dict(result["reap"][0], kind="jail")], r.DEFERRED)[0], holders=[r.holder("process", "5 y")])
+    hosts = {"rack1": host(result, outcomes=[*done, busy])}
+    assert lines(hosts)[-4:-1] == [
+        "rack1: jail held (deferred): v0: deferred (process 5 y)",
+        "rack1: 14 zombies of 3 VMs, their parent %s does not reap them" % SHIM,
+        "rack1: 1 zombie of 1 VM, its parent 9 x does not reap it; it is stopped",
+    ]
+    document = report.as_json("prod", MANIFEST, hosts)["hosts"]["rack1"]
+    assert document["zombies"] == [
+        {"parent": of_parent(SHIM), "count": 14, "vms": ["v0", "v1", "v2"]},
+        {"parent": of_parent("9 x", "it is stopped"), "count": 1, "vms": ["v2"]},
+    ]
+
+
+def test_zombies_that_the_policy_leaves_alone_are_told_with_it():
+    details = {"parent": "7 keeper", "parent_unit": "k.service", "parent_container": None}
+    zombies = [thing("zombie", "v1", name=name, details=details) for name in ("8", "9")]
+    told = lines({"h1": host(sweep_twice(*zombies, zombies="report"))})
+    why = "their parent 7 keeper (unit k.service) does not reap them; reap_zombies is report"
+    assert "h1: 2 zombies of 1 VM, %s" % why in told
+    assert not any("held (" in line for line in told)
+
+
+def test_a_unit_that_was_restarted_is_told():
+    result = sweep_twice(thing("zombie", "v1", details={}))
+    done = dict(outcomes(result["reap"])[0], restarted="k.service", message="unit k.service was restarted, because x")
+    assert "h1: unit k.service was restarted, because x" in lines({"h1": host(result, outcomes=[done])})
+
+
+@pytest.mark.parametrize("note", [{"a": [1]}, 7, "x\ny", ["\x1b"]])
+def test_row_36_a_parent_may_be_noted_with_anything(note):
+    result = sweep_twice(thing("zombie", "v1", details={}))
+    done = dict(outcomes(result["reap"], r.DEFERRED)[0], holders=[of_parent("7 x", note)])
+    told = lines({"h1": host(result, outcomes=[done])})
+    assert all(line.isprintable() for line in told) and any("7 x does not reap it; " in line for line in told)
 
 
 def test_check_mode_says_so():
@@ -181,3 +231,23 @@ def test_the_same_for_machines():
 )
 def test_bytes_for_people(count, said):
     assert report.human_bytes(count) == said
+
+
+def test_evidence_is_mentioned_when_something_is_wrong_with_it():
+    planned = sweep_twice(thing("cgroup", "v1"))
+    good = {"written": 1, "bytes": 9, "short": 0, "known": 0, "skipped": 0, "failed": [], "background": None}
+    assert "evidence" not in text({"h1": host(planned, outcomes=outcomes(planned["reap"]), evidence=good)})
+    bad = dict(good, short=2, skipped=3, failed=["cannot use the store of evidence /x", "v2: no room"])
+    assert [line for line in lines({"h1": host(planned, evidence=bad)}) if "evidence" in line] == [
+        "h1: evidence failed: cannot use the store of evidence /x (and 1 more)",
+        "h1: no evidence of 3 VMs, reap_evidence_seconds was used up",
+        "h1: only metadata as evidence of 2 VMs, reap_evidence_seconds was used up",
+    ]
+    for hostile in (None, 5, [], {"failed": 5}, {"failed": [{}], "short": "x", "skipped": None}):
+        text({"h1": host(planned, evidence=hostile)})
+
+
+def test_an_end_that_was_not_published_is_told():
+    said = lines({"h1": host(sweep_twice(thing("cgroup", "v1")))}, unpublished="POST http://x: HTTP 500")
+    assert said[1] == "NOT PUBLISHED: POST http://x: HTTP 500"
+    assert report.as_json("prod", MANIFEST, {}, unpublished="why")["unpublished"] == "why"

@@ -2,6 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 """The zombie kind and processes.py on real zombies, whose parents are not of the reaper's own process tree."""
 
+import contextlib
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ import pytest
 from ansible_collections.microvm.reaper.plugins.module_utils import mounts, processes
 from ansible_collections.microvm.reaper.plugins.module_utils import resource as r
 from ansible_collections.microvm.reaper.plugins.module_utils.kinds import cgroup, zombie
-from ansible_collections.microvm.reaper.plugins.module_utils.probe import Absent, Host, boottime
+from ansible_collections.microvm.reaper.plugins.module_utils.probe import Absent, Host, ProbeError, boottime
 
 ROOT = "microvm-reaper-test-zombie-%d" % os.getpid()
 
@@ -61,7 +62,8 @@ def family():
 
     yield start
     for pid in parents:
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _be_a_parent(writer, count, when_reminded, name, inside):
@@ -145,6 +147,8 @@ def test_a_registered_zombie_is_found_with_all_that_tells_whose_it_is(family, bo
         "parent": "%d bad parent)" % parent,
         "parent_unit": processes.unit(processes.read(parent, "cgroup")),
         "parent_identity": "%d:%d" % (parent, started(parent)),
+        "parent_container": None,
+        "parent_vm": None,
     }
     assert zombie.inspect(token(pid, boxes.rules, host), boxes.rules, host) is None
     assert str(other) not in collected(boxes.rules, host)
@@ -167,10 +171,12 @@ def test_row_18_a_parent_that_does_not_react_is_blamed_and_nothing_claimed(famil
     outcome = zombie.remove(token(pid, boxes.rules, host), boxes.rules, host)
     assert zombie.NUDGE_SECONDS <= time.monotonic() - begin < zombie.NUDGE_SECONDS + 1
     unit = processes.unit(processes.read(parent, "cgroup"))
-    where = " (unit %s)" % unit if unit else ""
+    name = "%d bad parent)%s" % (parent, " (unit %s)" % unit if unit else "")
     assert outcome["outcome"] == r.DEFERRED
-    assert outcome["message"] == "its parent %d bad parent)%s does not reap it" % (parent, where)
-    assert outcome["holders"] == [r.holder("process", "%d bad parent)" % parent)]
+    assert outcome["message"] == "its parent %s does not reap it" % name
+    parts = {"pid": parent, "command": "bad parent)", "unit": unit, "container": None, "mount_namespace": None}
+    nothing = {"by": [], "fd": None, "image": None, "note": None}
+    assert outcome["holders"] == [dict(r.holder("process", name), **parts, **nothing)]
     assert processes.stat(pid).state == "Z"
     assert processes.stat(parent).state == "S"
 
@@ -196,7 +202,7 @@ def test_a_parent_that_is_stopped_is_said_to_be(family, boxes, host, monkeypatch
     while processes.stat(parent).state != "T":
         time.sleep(0.01)
     outcome = zombie.remove(one, boxes.rules, host)
-    assert (outcome["outcome"], "which is stopped" in outcome["message"]) == (r.DEFERRED, True)
+    assert (outcome["outcome"], "; it is stopped" in outcome["message"]) == (r.DEFERRED, True)
 
 
 def test_row_12_13_another_process_with_the_same_pid_and_name_is_not_the_zombie(family, boxes, host, monkeypatch):
@@ -266,7 +272,7 @@ def test_a_process_whose_first_thread_has_ended_is_not_a_zombie():
         while processes.stat(pid).state != "Z" and time.monotonic() < deadline:
             time.sleep(0.01)
         assert (processes.stat(pid).state, processes.stat(pid).threads) == ("Z", 2)
-        assert not zombie._is_zombie(processes.stat(pid))
+        assert not processes.is_zombie(processes.stat(pid))
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -340,6 +346,121 @@ def test_a_zombie_is_attributed_by_its_cgroup_even_by_a_removed_one(family, host
     finally:
         for directory, _below, _files in os.walk(root, topdown=False):
             os.rmdir(directory)
+
+
+@pytest.fixture
+def cgroups():
+    """A directory for cgroups, removed with all below it."""
+    root = os.path.join(unified(), ROOT + "-family")
+    os.makedirs(root)
+    yield root
+    deadline = time.monotonic() + 5
+    while os.path.exists(root) and time.monotonic() < deadline:
+        try:
+            for directory, _below, _files in os.walk(root, topdown=False):
+                os.rmdir(directory)
+        except OSError:
+            time.sleep(0.05)
+
+
+@needs_cgroup
+def test_the_vm_is_told_in_whose_cgroup_the_parent_runs_itself(cgroups, family, host):
+    os.makedirs(cgroups + "/vabc/inner")
+    rules = [{"cgroup_name": "(?P<vm_id>v[a-z]+)"}]
+    inside, (first,) = family(inside=cgroups + "/vabc/inner")
+    _outside, (second,) = family(inside=cgroups + "/vabc/inner")
+    _put_process(cgroups + "/vabc", inside)
+    found = collected(rules, host)
+    assert [found[str(pid)]["details"]["parent_vm"] for pid in (first, second)] == ["vabc", None]
+
+
+def _put_process(path, pid):
+    with open(os.path.join(path, "cgroup.procs"), "w") as stream:
+        stream.write(str(pid))
+
+
+@pytest.mark.parametrize("ends_first", [True, False])
+def test_a_zombie_goes_with_its_parent_and_nobody_is_reminded(family, boxes, host, monkeypatch, ends_first):
+    sent = []
+    monkeypatch.setattr(processes, "send", lambda *arguments: sent.append(arguments))
+    parent, (pid,) = family(when_reminded="reap")
+    boxes("box1", pid)
+    one = token(pid, boxes.rules, host)
+    one["details"]["how"] = zombie.WITH_FAMILY
+    if not ends_first:
+        outcome = zombie.remove(one, boxes.rules, host)
+        assert (outcome["outcome"], outcome["holders"][0]["note"]) == (r.DEFERRED, "it was not stopped with the VM")
+    os.kill(parent, signal.SIGKILL)
+    deadline = time.monotonic() + 5
+    while processes.stat(parent) is not None and processes.stat(parent).state != "Z" and time.monotonic() < deadline:
+        time.sleep(0.01)
+    outcome = zombie.remove(one, boxes.rules, host)
+    assert outcome["outcome"] == r.REAPED, outcome
+    assert sent == []
+    assert processes.stat(pid) is None
+
+
+def test_a_zombie_that_its_parent_reaped_did_not_go_with_it(family, boxes, host):
+    parent, (pid,) = family(when_reminded="reap")
+    boxes("box1", pid)
+    one = token(pid, boxes.rules, host)
+    one["details"]["how"] = zombie.WITH_FAMILY
+    os.kill(parent, signal.SIGCHLD)
+    while processes.stat(pid) is not None:
+        time.sleep(0.01)
+    assert result(zombie.remove(one, boxes.rules, host)) == r.ALREADY_GONE
+
+
+def test_who_has_inherited_a_zombie_and_does_not_reap_it_is_named(boxes, host, monkeypatch):
+    """A process may be the one that inherits all that it has started, as the shims of containers are."""
+    monkeypatch.setattr(zombie, "NUDGE_SECONDS", 0.2)
+    reader, writer = os.pipe()
+    middle = os.fork()
+    if middle == 0:
+        if os.fork() == 0:
+            _inherit(writer)
+        os._exit(0)
+    os.waitpid(middle, 0)
+    os.close(writer)
+    with os.fdopen(reader) as stream:
+        keeper, parent, pid = json.load(stream)
+    try:
+        boxes("box1", pid)
+        one = token(pid, boxes.rules, host)
+        one["details"]["how"] = zombie.WITH_FAMILY
+        assert one["details"]["parent_identity"].startswith("%d:" % parent)
+        os.kill(parent, signal.SIGKILL)
+        deadline = time.monotonic() + 5
+        while processes.stat(pid).parent != keeper and time.monotonic() < deadline:
+            time.sleep(0.01)
+        outcome = zombie.remove(one, boxes.rules, host)
+        (holder,) = outcome["holders"]
+        assert (outcome["outcome"], holder["pid"], holder["note"]) == (r.DEFERRED, keeper, "it has inherited them")
+    finally:
+        os.kill(keeper, signal.SIGKILL)
+
+
+def _inherit(writer):
+    import ctypes
+
+    try:
+        os.setsid()
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+        parent = os.fork()
+        if parent == 0:
+            child = os.fork()
+            if child == 0:
+                _be_called("vmm")
+                os._exit(0)
+            os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+            os.write(writer, json.dumps([os.getppid(), os.getpid(), child]).encode())
+            os.close(writer)
+        os.close(writer)
+        while True:
+            signal.pause()
+    finally:
+        time.sleep(60)
+        os._exit(1)
 
 
 def test_the_innermost_cgroup_names_the_vm():
@@ -430,3 +551,14 @@ def test_the_unit_of_a_process():
 def test_the_lineage_ends_at_init():
     assert processes.lineage(os.getpid())[:2] == [os.getpid(), os.getppid()]
     assert processes.lineage(os.getpid())[-1] == 1 or os.getppid() == 0
+
+
+def test_a_witness_tells_what_is_left_of_it_and_who_does_not_wait(family, boxes, host):
+    parent, (pid,) = family()
+    boxes("box1", pid)
+    one = token(pid, boxes.rules, host)
+    (told,) = zombie.witness(one, boxes.rules, host)
+    assert told["source"] == "/proc/%d/status" % pid
+    assert "State:\tZ (zombie)" in told["text"] and "== parent %d bad parent) state S: " % parent in told["text"]
+    with pytest.raises(ProbeError, match="gone"):
+        zombie.witness(dict(one, identity=one["identity"] + "0"), boxes.rules, host)

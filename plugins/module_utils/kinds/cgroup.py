@@ -17,9 +17,9 @@ import select
 import signal
 import time
 
-from .. import mounts, processes
+from .. import blame, mounts, processes
 from .. import resource as r
-from ..probe import Absent, read_once, read_text
+from ..probe import Absent, ProbeError, read_once, read_text
 
 KIND = "cgroup"
 STOPS = True
@@ -33,6 +33,13 @@ RULE = {
 KILL_SECONDS = 2.0
 MAX_HOLDERS = 20
 MAX_PINNED = 256
+MAX_WITNESSED = 100
+# What tells how a VM's cgroup was used; v1 has other names for it.
+TELLING = (
+    "cgroup.events", "cgroup.freeze", "memory.current", "memory.peak", "memory.events", "cpu.stat", "io.stat",
+    "pids.current", "memory.usage_in_bytes", "memory.max_usage_in_bytes", "memory.failcnt", "cpuacct.usage",
+    "freezer.state", "cgroup.procs",
+)  # fmt: skip
 INITIAL_NAMESPACE = 0xEFFFFFFB  # the kernel's own: /proc then shows whole paths
 # What an access to a cgroup gives that is gone, or is just being removed.
 REMOVED = (errno.ENOENT, errno.ENODEV)
@@ -93,6 +100,36 @@ def bring_back(token, rules, host):
 def remove(token, rules, host):
     """Remove the cgroup and its children, children first. Never kills: see stop()."""
     return _with_cgroup(dict(token, stop=False), rules, host, lambda cgroup: _remove(token, cgroup))
+
+
+def witness(token, rules, host):
+    """Return what the cgroup tells of its use, and the command lines of what is in it."""
+    if _locate(token, rules) is None:
+        raise ProbeError("not below a configured cgroup root, or not the name of this VM")
+    directory = os.open(token["name"], DIRECTORY)
+    try:
+        if _identity(host, os.fstat(directory)) != token["identity"]:
+            raise ProbeError("another cgroup of the same name is there now")
+        text = "".join(_told(directory, name) for name in TELLING)
+        pids = _pids("/proc/self/fd/%d" % directory)
+    finally:
+        os.close(directory)
+    text += "".join("== process %s\n" % processes.described(pid) for pid in pids[:MAX_WITNESSED])
+    text += "... cut: %d more processes\n" % (len(pids) - MAX_WITNESSED) if len(pids) > MAX_WITNESSED else ""
+    return [{"title": KIND, "source": token["name"], "text": text}]
+
+
+def _told(directory, name):
+    try:
+        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    except FileNotFoundError:
+        return ""
+    try:
+        return "== %s\n%s" % (name, os.read(descriptor, 1 << 16).decode("utf-8", "replace"))
+    except OSError as err:
+        return "== %s\nnot read: %s\n" % (name, err.strerror)
+    finally:
+        os.close(descriptor)
 
 
 # A cgroup that is held open. ``held`` leads to this very object, and to nothing once that is removed, whatever has its
@@ -253,7 +290,7 @@ def _descendants(path):
 
 def _processes(path):
     """Return holders that name what runs in the cgroup."""
-    return [one for one in map(processes.holder, _pids(path)[:MAX_HOLDERS]) if one is not None]
+    return [one for one in map(blame.process, _pids(path)[:MAX_HOLDERS]) if one is not None]
 
 
 def _kill(token, cgroup):

@@ -12,8 +12,9 @@ from __future__ import annotations
 import contextlib
 import time
 
-from .. import containerd
+from .. import blame, containerd
 from .. import resource as r
+from ..probe import ProbeError
 
 KIND = "container"
 STOPS = True
@@ -138,6 +139,19 @@ def remove(token, rules, host):
     return r.outcome(token, r.FAILED, "containerd says it was deleted, and still has it")
 
 
+def witness(token, rules, host):
+    """Return the record of the container and its task."""
+    client = containerd.client_for(KIND, token, rules, host)
+    if client is None:
+        raise ProbeError("no rule looks into this namespace")
+    container = client.container(_id(token))
+    if _identity(client, container) != token["identity"]:
+        raise ProbeError("another container of the same id is there now")
+    source = "containerd %s, Containers/Get and Tasks/Get of %s" % (client.address, token["name"])
+    told = {"container": container, "task": client.task(container["id"])}
+    return [{"title": KIND, "source": source, "text": containerd.as_text(told)}]
+
+
 def _describe(client, container, task, vm_id):
     details = {
         "namespace": client.namespace,
@@ -182,7 +196,7 @@ def _runs(task):
 
 
 def _processes(task):
-    return [] if task is None else [r.holder("process", str(task["pid"]))]
+    return [] if task is None else [blame.task(task["pid"], task["container_id"] or task["id"])]
 
 
 def _kill(client, name):

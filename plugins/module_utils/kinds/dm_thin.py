@@ -36,8 +36,6 @@ RULE = {
 # Whatever probes new and changed block devices, udevd for one, opens them for moments.
 BUSY_TRIES = 5
 BUSY_PAUSE = 0.2
-# Volumes that other managers keep account of, by the beginning of their own or their pool's uuid.
-MANAGERS = (("LVM-", "lvm"), ("stratis-", "stratis"))
 TAG = "microvm-reaper-"
 FAILED_POOL = ["Fail"]
 
@@ -134,6 +132,23 @@ def remove(token, rules, host):
     refused, volume = _removable(token, rules, host)
     refused = refused or _deactivate(token, volume, host)
     return refused or _delete(token, volume.pool, volume.thin_id, host)
+
+
+def witness(token, _rules, host):
+    """Return the table, status and other state of the volume and the status of its pool; four commands for all."""
+    if not _is_there(token, host):
+        raise ProbeError("it is not active any more, or another volume has its name now")
+    name, pool = token["name"], token["details"]["pool"]
+    told = [
+        ("info of the volume", host.once("dm info", lambda: dm.devices(host)).get(token["details"]["device"])),
+        ("table of the volume", host.once("dm table thin", lambda: dm.tables(host, "thin")).get(name)),
+        ("status of the volume", host.once("dm status thin", lambda: dm.statuses(host, "thin")).get(name)),
+        ("status of the pool", host.once("dm status thin-pool", lambda: dm.statuses(host, "thin-pool")).get(pool)),
+    ]
+    lines = ["%s: %s" % (what, " ".join("%s=%s" % pair for pair in one._asdict().items()) if one else "none")
+             for what, one in told]
+    source = "dmsetup info, table, status, of all volumes at once: %s in pool %s" % (name, pool)
+    return [{"title": KIND, "source": source, "text": "\n".join(lines) + "\n"}]
 
 
 def _records(number, host):
@@ -233,7 +248,7 @@ def _describe(volume, vm_id, status, trouble, host):
 def _holders(device, pool, trouble):
     """Return what forbids the removal of a volume, whoever has it open."""
     found = []
-    for prefix, manager in MANAGERS:
+    for prefix, manager in thin_pool.MANAGERS:
         if device.uuid.startswith(prefix) or pool.uuid.startswith(prefix):
             found.append(r.holder(manager, device.name))
     if re.fullmatch(re.escape(pool.name) + r"-snap-\d+", device.name):
@@ -371,20 +386,15 @@ def _remove_node(name, number):
 
 def _delete(token, pool, thin_id, host):
     """Delete a thin id that no device uses any more. ``bytes`` is what the pool has free more than before."""
-    before = thin_pool.read_health(pool, host).used_bytes
     where = "thin id %d of pool %s" % (thin_id, pool.name)
     if dm.incarnation(pool.number) != pool.incarnation:
         left = r.outcome(token, r.FAILED, "deactivated, but %s remains: the pool was deactivated too" % where)
         return dict(left, unfinished=True)
-    try:
-        dm.message(pool.name, "delete %d" % thin_id)
-    except OSError as err:
-        if err.errno != errno.ENODATA:  # there is no such id
-            left = r.outcome(token, r.FAILED, "deactivated, but %s remains: %s" % (where, err.strerror))
-            return dict(left, unfinished=True)
-    after = thin_pool.read_health(pool, host).used_bytes
-    given_back = before - after if before is not None and after is not None else 0
-    return r.outcome(token, r.REAPED, bytes_given_back=max(given_back, 0))
+    given_back, complaint = thin_pool.delete(pool, thin_id, host)
+    if complaint:
+        left = r.outcome(token, r.FAILED, "deactivated, but %s remains: %s" % (where, complaint))
+        return dict(left, unfinished=True)
+    return r.outcome(token, r.REAPED, bytes_given_back=given_back)
 
 
 def _resumable(token, rules, host):

@@ -21,9 +21,9 @@ import os
 import re
 import time
 
-from .. import mounts, processes, safe_tree
+from .. import blame, mounts, processes, safe_read, safe_tree
 from .. import resource as r
-from ..probe import Absent, boottime
+from ..probe import Absent, ProbeError, boottime
 
 KIND = "jail"
 STOPS = False
@@ -35,11 +35,16 @@ RULE = {
     "base": {"type": "str", "required": True},
     "exec": {"type": "str", "default": DEFAULT_EXEC},
     "name": {"type": "str", "required": True},
+    "evidence": {"type": "list", "elements": "str"},
 }
 
 # One act must end well before the reaper gives up on it; a tree that takes longer is finished in later sweeps.
 REMOVE_SECONDS = 20.0
 RESERVE_SECONDS = 0.5
+MAX_HOLDERS = 20
+# How much a witness tells of a jail.
+MAX_LISTED, LISTED_DEPTH = 300, 6
+MAX_LOGS, LOG_BYTES = 10, 64 * 1024
 # How many are held open and looked at together, each by two descriptors, and how long after the look one may go.
 TOGETHER = 50
 TOGETHER_SECONDS = 2.0
@@ -218,6 +223,63 @@ def _look_again(jails):
             jail.move_back()
 
 
+def witness(token, rules, host):
+    """Return the listing of the jail, what is mounted in it, and the ends of the logs that the rules name."""
+    place = _locate(token, rules)
+    if place is None:
+        raise ProbeError("not below a configured jail base, or not the name of this VM")
+    table = host.once("mounts", mounts.read)
+    with safe_tree.Tree(*place) as tree:
+        if tree.identity() != token["identity"]:
+            raise ProbeError("another jail of the same name is there now")
+        reader = safe_read.Reader(tree, table)
+        lines = reader.listing(MAX_LISTED, LISTED_DEPTH)
+        told = [{"title": "jail-listing", "source": token["name"], "text": "\n".join(lines) + "\n"}]
+        mounted = ["%s on %s" % (one.kind, safe_tree.shown(one.point)) for one in mounts.below(table, tree.path)]
+        if mounted:
+            told.append({"title": "jail-mounts", "source": "/proc/self/mountinfo", "text": "\n".join(mounted) + "\n"})
+        for names in reader.matching(log_globs(_rules_of(token, rules)), MAX_LOGS):
+            told.append(_end_of_log(token, reader, names))
+    return told
+
+
+def logs_of(outcome, rules):
+    """Return ``(base, names below it, globs)``: where a jail lies that was moved aside, and which logs are in it."""
+    path = (outcome.get("aside") or {}).get("path") or ""
+    for base in _bases(rules):
+        place = os.path.realpath(base)
+        names = path[len(place) + 1 :].split("/")
+        if path.startswith(place + "/") and not {"", ".", ".."}.intersection(names):
+            return place, names, log_globs(_rules_of(outcome, rules))
+    raise ProbeError("%s is not below a configured jail base" % safe_tree.shown(path))
+
+
+def log_globs(rules):
+    """Return the globs, relative to a jail, of the logs that the rules name. Raises RuleError."""
+    found = []
+    for rule in rules:
+        for pattern in rule.get("evidence") or ():
+            if {"", ".", ".."}.intersection(pattern.split("/")):
+                raise r.RuleError("jail rule: 'evidence' must be globs relative to the jail: %r" % pattern)
+            found += [pattern] if pattern not in found else []
+    return found
+
+
+def _rules_of(item, rules):
+    """Return the rules of the base that a token or an outcome is of."""
+    return [rule for base, of_base in _bases(rules).items() if item["name"].startswith(base + "/") for rule in of_base]
+
+
+def _end_of_log(token, reader, names):
+    shown = safe_read.shown(names)
+    try:
+        data, notes = reader.end_of(names, LOG_BYTES)
+    except safe_read.Unreadable as err:
+        data, notes = b"not read: " + str(err).encode(), []
+    source = "; ".join(["%s/%s" % (token["name"], shown)] + notes)
+    return {"title": "jail-log-" + shown, "source": source, "text": data.decode("utf-8", "replace")}
+
+
 def _with_tree(token, rules, act, where=None):
     """Open the jail of a token, where ``where(names, identity)`` says, and act on it."""
     place = _locate(token, rules)
@@ -235,8 +297,8 @@ def _with_tree(token, rules, act, where=None):
 
 def _refusal(token, tree):
     refused = _another(token, tree)
-    pids = set() if refused else _inside({tree.path}, processes.places(mounts.read()))[tree.path]
-    return _in_use(token, pids) if pids else refused
+    inside = set() if refused else _inside({tree.path}, processes.places(mounts.read()))[tree.path]
+    return _in_use(token, inside) if inside else refused
 
 
 def _another(token, tree):
@@ -245,8 +307,11 @@ def _another(token, tree):
     return None
 
 
-def _in_use(token, pids):
-    holders = [processes.holder(pid) for pid in sorted(pids)[:20]]
+def _in_use(token, inside):
+    by = collections.defaultdict(list)
+    for pid, name in inside:
+        by[pid].append(name)
+    holders = [blame.process(pid, by[pid]) for pid in sorted(by)[:MAX_HOLDERS]]
     return r.outcome(token, r.DEFERRED, "processes are in it", holders=[one for one in holders if one])
 
 

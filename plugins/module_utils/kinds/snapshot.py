@@ -9,9 +9,12 @@ again right before it is removed.
 
 from __future__ import annotations
 
-from .. import containerd
+import json
+import os
+
+from .. import containerd, dm, mounts, processes
 from .. import resource as r
-from ..probe import ProbeError, read_text
+from ..probe import ProbeError
 
 KIND = "snapshot"
 STOPS = False
@@ -25,6 +28,9 @@ RULE = dict(
 )
 
 USAGE_SECONDS = 5.0
+# The address and namespace of every daemon that this process let collect its garbage.
+_nudged = set()
+UPPER = "upperdir="
 
 
 def collect(rules, host):
@@ -34,7 +40,7 @@ def collect(rules, host):
     for client in containerd.clients(KIND, rules, host):
         for snapshotter in _snapshotters(rules, client):
             snapshots = client.snapshots(snapshotter)
-            referrers = _referrers(client, snapshotter, snapshots)
+            referrers = _referrers(client, snapshotter, snapshots)[0]
             for snapshot in snapshots:
                 vm_id, rule = _match(names, client, snapshotter, snapshot)
                 if vm_id is None:
@@ -46,48 +52,81 @@ def collect(rules, host):
 
 
 def inspect(token, rules, host):
-    """Return None when this very snapshot is still there, ours, and nothing refers to it."""
-    client, snapshotter, key = _locate(token, rules, host)
-    if client is None:
-        return r.outcome(token, r.FAILED, "no rule looks into this namespace and snapshotter")
-    try:
-        snapshot = client.snapshot(snapshotter, key)
-    except containerd.NotFound:
-        return r.outcome(token, r.ALREADY_GONE)
-    if _identity(client, snapshotter, snapshot) != token["identity"]:
-        return r.outcome(token, r.IDENTITY_CHANGED, "another snapshot of the same key is there now")
-    vm_id, rule = _match(r.Names(KIND, rules), client, snapshotter, snapshot)
-    if vm_id != token["vm_id"]:
-        return r.outcome(token, r.FAILED, "by the rules it is not a snapshot of this VM")
-    holders = _pins(snapshot, rule) + _referrers(client, snapshotter, client.snapshots(snapshotter)).get(key, [])
-    try:
-        holders += _mounted(client, snapshotter, snapshot)
-    except containerd.NotFound:  # collected by containerd itself meanwhile, after its container
-        return r.outcome(token, r.ALREADY_GONE)
-    if holders:
-        return r.outcome(token, r.DEFERRED, "referred to by others", holders=holders)
-    return None
+    """Return None when this very snapshot is still there, ours, and nothing refers to it but leases that are over."""
+    return _removable(token, rules, host)[0]
 
 
 def remove(token, rules, host):
-    """Remove a snapshot that nothing refers to."""
+    """Remove a snapshot that nothing refers to. What only a lease that is over holds, containerd is asked to let go."""
     bytes_used = _usage(token, rules, host)
-    refused = inspect(token, rules, host)
+    refused, leases = _removable(token, rules, host)
     if refused is not None:
         return refused
     client, snapshotter, key = _locate(token, rules, host)
+    if leases:
+        _nudge(client)
+        refused, leases = _removable(token, rules, host)
+        if refused is not None and refused["outcome"] == r.ALREADY_GONE:
+            return r.outcome(token, r.REAPED, "collected by containerd itself", bytes_given_back=bytes_used)
+        if refused is not None or leases:
+            return refused or r.outcome(token, r.DEFERRED, "containerd still has a lease that is over", holders=leases)
     try:
         client.remove_snapshot(snapshotter, key)
     except containerd.NotFound:
         return r.outcome(token, r.ALREADY_GONE)
     except containerd.FailedPrecondition as err:  # a child since the last look
-        holders = _referrers(client, snapshotter, client.snapshots(snapshotter)).get(key, [])
+        holders = _referrers(client, snapshotter, client.snapshots(snapshotter))[0].get(key, [])
         return r.outcome(token, r.DEFERRED, str(err), holders=holders)
     try:
         client.snapshot(snapshotter, key)
     except containerd.NotFound:
         return r.outcome(token, r.REAPED, bytes_given_back=bytes_used)
     return r.outcome(token, r.FAILED, "containerd says it was removed, and still has it")
+
+
+def _removable(token, rules, host):
+    """Return ``(OUTCOME | None, [HOLDER])``: None when it may be removed, but for these leases that are over."""
+    client, snapshotter, key = _locate(token, rules, host)
+    if client is None:
+        return r.outcome(token, r.FAILED, "no rule looks into this namespace and snapshotter"), []
+    try:
+        snapshot = client.snapshot(snapshotter, key)
+    except containerd.NotFound:
+        return r.outcome(token, r.ALREADY_GONE), []
+    if _identity(client, snapshotter, snapshot) != token["identity"]:
+        return r.outcome(token, r.IDENTITY_CHANGED, "another snapshot of the same key is there now"), []
+    vm_id, rule = _match(r.Names(KIND, rules), client, snapshotter, snapshot)
+    if vm_id != token["vm_id"]:
+        return r.outcome(token, r.FAILED, "by the rules it is not a snapshot of this VM"), []
+    referrers, leases = _referrers(client, snapshotter, client.snapshots(snapshotter))
+    holders = _pins(snapshot, rule) + referrers.get(key, [])
+    try:
+        holders += _used(client, snapshotter, snapshot, host)
+    except containerd.NotFound:  # collected by containerd itself meanwhile, after its container
+        return r.outcome(token, r.ALREADY_GONE), []
+    if holders:
+        return r.outcome(token, r.DEFERRED, "referred to by others", holders=holders), []
+    return None, leases.get(key, [])
+
+
+def _nudge(client):
+    """Let containerd collect its garbage, expired leases with it, once for each sweep: it locks all its records."""
+    where = (client.address, client.namespace)
+    if where not in _nudged:
+        _nudged.add(where)
+        client.collect_garbage()
+
+
+def witness(token, rules, host):
+    """Return the record of the snapshot."""
+    client, snapshotter, key = _locate(token, rules, host)
+    if client is None:
+        raise ProbeError("no rule looks into this namespace and snapshotter")
+    snapshot = client.snapshot(snapshotter, key)
+    if _identity(client, snapshotter, snapshot) != token["identity"]:
+        raise ProbeError("another snapshot of the same key is there now")
+    source = "containerd %s, Snapshots/Stat of %s" % (client.address, token["name"])
+    return [{"title": KIND, "source": source, "text": containerd.as_text(snapshot)}]
 
 
 def _describe(client, snapshotter, snapshot, vm_id, holders):
@@ -110,12 +149,14 @@ def _describe(client, snapshotter, snapshot, vm_id, holders):
 
 
 def _referrers(client, snapshotter, snapshots):
-    """Return ``{key: [HOLDER]}``: the containers, children, leases and images that refer to each snapshot.
+    """Return ``({key: [HOLDER]}, {key: [HOLDER]})``: the containers, children, leases and images that refer to each
+    snapshot; and the leases that would, were they not over, which are containerd's to collect.
 
     Called after the snapshots were listed: what was made on one of them meanwhile is seen.
     """
-    found = {}
-    for container in client.containers():
+    found, over = {}, {}
+    containers, blobs, images = client.containers(), client.blobs(), client.images()
+    for container in containers:
         name = r.holder("container", "%s/%s" % (client.namespace, container["id"]), kind="container")
         keys = {container["snapshot_key"]} if container["snapshotter"] == snapshotter else set()
         for key in keys | _labelled(container["labels"], snapshotter):
@@ -124,11 +165,34 @@ def _referrers(client, snapshotter, snapshots):
         name = r.holder("child", _name(client, snapshotter, child["name"]), kind=KIND)
         for key in {child["parent"]} | _labelled(child["labels"], snapshotter):
             found.setdefault(key, []).append(name)
-    for lease, key in client.leased_snapshots(snapshotter):
-        found.setdefault(key, []).append(r.holder("lease", containerd.printable(lease)))
-    for digest, key in client.image_snapshots(snapshotter):
-        found.setdefault(key, []).append(r.holder("image", containerd.printable(digest)))
-    return found
+    for lease, key, is_over in client.leased_snapshots(snapshotter):
+        (over if is_over else found).setdefault(key, []).append(r.holder("lease", containerd.printable(lease)))
+    for name, labels in [(one["digest"], one["labels"]) for one in blobs] + [
+        (one["name"], one["labels"]) for one in images
+    ]:
+        for key in _labelled(labels, snapshotter):
+            found.setdefault(key, []).append(r.holder("image", containerd.printable(name)))
+    there = {
+        "container": {one["id"] for one in containers},
+        "content": {one["digest"] for one in blobs},
+        "image": {one["name"] for one in images},
+        "snapshot." + snapshotter: {one["name"] for one in snapshots},
+    }
+    for snapshot in snapshots:
+        for kind, name in _back_references(snapshot["labels"]):
+            # What lies in a snapshotter that was not looked at may be there.
+            if name in there.get(kind, [name]):
+                found.setdefault(snapshot["name"], []).append(r.holder(kind, containerd.printable(name)))
+    return found, over
+
+
+def _back_references(labels):
+    """Yield ``(kind, name)`` of what keeps an object from collection by labels of that object, like
+    containerd.io/gc.bref.container (2.x)."""
+    for label, name in labels.items():
+        if label.startswith(containerd.GC_BACK_REFERENCE):
+            kind = label[len(containerd.GC_BACK_REFERENCE) :].partition("/")[0]
+            yield (kind if kind.startswith("snapshot.") else kind.partition(".")[0]), name
 
 
 def _labelled(labels, snapshotter):
@@ -137,27 +201,85 @@ def _labelled(labels, snapshotter):
     return {key for name, key in labels.items() if name == label or name.startswith(label + "/")}
 
 
-def _mounted(client, snapshotter, snapshot):
-    """Return where an active snapshot is mounted, with or without a container: whoever did that uses it."""
+def _used(client, snapshotter, snapshot, host):
+    """Return who uses an active snapshot's files, whether a container of its namespace or not: mounts in any mount
+    namespace, and containers of any namespace whose spec has them.
+
+    Where the files of a committed one are, containerd does not tell; its children use them, and are known.
+    """
     if _kind(snapshot) == "committed":
         return []
-    marks = set()
-    for mount in client.snapshot_mounts(snapshotter, snapshot["name"]):
-        marks |= {option for option in mount["options"] if option.startswith("upperdir=")}
-        marks |= {mount["source"]} if mount["source"].startswith("/dev/") else set()
-    found = mount_points(read_text("/proc/self/mountinfo", 1 << 24), marks)
-    return [r.holder("mount", containerd.printable(point)) for point in found]
-
-
-def mount_points(mountinfo, marks):
-    """Return the mount points in the text of mountinfo whose source or one of whose options is among ``marks``."""
-    found = []
-    for line in mountinfo.split("\n"):
-        before, _separator, after = line.partition(" - ")
-        fields = after.split(" ")
-        if len(fields) >= 3 and not marks.isdisjoint([fields[1]] + fields[2].split(",")):
-            found.append(before.split(" ")[4])
+    asked = client.snapshot_mounts(snapshotter, snapshot["name"])
+    directories = {_directory(path) for mount in asked for path in _own_paths(mount)}
+    devices = {number for number in [dm.number_of(mount["source"]) for mount in asked] if number}
+    if not directories and not devices:
+        return []
+    found = [r.holder("mount", containerd.printable(point)) for point in mount_points(directories, devices)]
+    mine = (client.namespace, snapshot["name"])
+    for other in containerd.all_clients(client.address, host):
+        for container in other.containers():
+            if (other.namespace, container["snapshot_key"]) != mine and _has(container, directories, asked):
+                found.append(r.holder("container", "%s/%s" % (other.namespace, containerd.printable(container["id"]))))
     return found
+
+
+def _own_paths(mount):
+    """Return the directories that a mount of a snapshot writes to, or is."""
+    uppers = [option[len(UPPER) :] for option in mount["options"] if option.startswith(UPPER)]
+    is_bind = mount["source"].startswith("/") and not mount["source"].startswith("/dev/")
+    return uppers or ([mount["source"]] if is_bind else [])
+
+
+def _directory(path):
+    """Return the directory of a snapshot: its files are in one called fs beside those of overlayfs."""
+    return os.path.dirname(path) if os.path.basename(path) == "fs" else path
+
+
+def mount_points(directories, devices):
+    """Return where any process sees something of these directories, or these block devices, mounted, or has something
+    mounted in them: removing a directory would remove that too.
+    """
+    here, found, seen = mounts.by_device(mounts.read()), set(), set()
+    for pid in processes.pids():
+        try:
+            namespace = os.readlink("/proc/%d/ns/mnt" % pid)
+            if namespace in seen:
+                continue
+            seen.add(namespace)
+            text = mounts.text(pid)
+        except OSError:
+            continue  # ended while we looked
+        uppers = mounts.points_with(text, UPPER, directories)
+        for mount in mounts.parse(text):
+            places = [mount.point, *mounts.seen_as(mount, here)]
+            is_below = any(mounts.is_same_or_above(one, place) for one in directories for place in places)
+            if is_below or mount.device in devices or mount.point in uppers:
+                found.add(mount.point)
+    return sorted(found)
+
+
+def _has(container, directories, asked):
+    """Tell whether the spec of a container has one of the directories, or a device among ``asked``, mounted."""
+    text = (container["spec"] or {"value": ""})["value"]
+    if not text:
+        return False
+    devices = {mount["source"] for mount in asked if mount["source"].startswith("/dev/")}
+    try:
+        paths = list(_spec_paths(json.loads(text)))
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return any(one in text for one in directories | devices)
+    return any(mounts.is_same_or_above(one, path) for one in directories for path in paths) or bool(
+        devices.intersection(paths)
+    )
+
+
+def _spec_paths(spec):
+    """Yield what the spec of a container takes from the host: its root, the sources of mounts, directories in options."""
+    yield str((spec.get("root") or {}).get("path") or "")
+    for mount in spec.get("mounts") or []:
+        yield str(mount.get("source") or "")
+        for option in mount.get("options") or []:
+            yield from str(option).partition("=")[2].split(":")
 
 
 def _pins(snapshot, rule):

@@ -15,8 +15,9 @@ import signal
 import stat
 import time
 
-from .. import processes, safe_tree
+from .. import blame, processes, safe_tree, units
 from .. import resource as r
+from ..probe import ProbeError
 
 KIND = "zombie"
 STOPS = False
@@ -32,8 +33,14 @@ NUDGE_SECONDS = 2.0
 PID_FILE_SLACK = 2.0
 MAX_PID_FILE = 64
 
+# The ways in which a token may say that its zombie goes, beside that of reminding the parent.
+WITH_FAMILY = "with_family"
+RESTART_UNIT = "restart_unit"
+
 # The identities of parents that were reminded in this process and did nothing: nobody waits for them again.
 _deaf = set()
+# The HOLDERs of parents, by identity: a parent may have thousands of zombies.
+_blame = {}
 
 
 def collect(rules, host):
@@ -42,14 +49,14 @@ def collect(rules, host):
     found, foreign, parents = [], 0, {}
     ours = _OwnTree()
     for process in processes.ended():
-        if not _is_zombie(process) or process.parent in ours:
+        if not processes.is_zombie(process) or process.parent in ours:
             continue
         vm_id = _attributed(process, claims)
         if vm_id is None:
             foreign += 1
             continue
         if process.parent not in parents:
-            parents[process.parent] = _describe_parent(process.parent)
+            parents[process.parent] = _describe_parent(process.parent, claims)
         found.append(_describe(process, vm_id, host, parents[process.parent]))
     return {"resources": found, "foreign": foreign}
 
@@ -61,8 +68,8 @@ def inspect(token, rules, host):
         return r.outcome(token, r.ALREADY_GONE)
     if _identity(host, process) != token["identity"]:
         return r.outcome(token, r.IDENTITY_CHANGED, "another process has this pid now")
-    if not _is_zombie(process):
-        return r.outcome(token, r.DEFERRED, "not a zombie", holders=[r.holder("process", processes.label(process))])
+    if not processes.is_zombie(process):
+        return r.outcome(token, r.DEFERRED, "not a zombie", holders=filter(None, [blame.process(process.pid)]))
     if process.parent in _OwnTree():
         return r.outcome(token, r.FAILED, "a child of the reaper or of what started it")
     if _attributed(process, [_Claim(rule) for rule in rules]) != token["vm_id"]:
@@ -71,28 +78,101 @@ def inspect(token, rules, host):
 
 
 def remove(token, rules, host):
-    """Remind the parent, and report reaped only when /proc confirms it. Never waits for somebody else's child."""
+    """Remind the parent, and report reaped only when /proc confirms it. Never waits for somebody else's child.
+
+    ``details["how"]`` of the token is there where the policy asks for another way: ``with_family``, when the parent was
+    stopped before and nobody is to be reminded; ``restart_unit``, when the systemd unit ``details["unit"]`` may be
+    restarted after the reminder did nothing, with what is left of the VM in it if ``details["may_end"]``.
+    """
+    how = _details(token).get("how")
     refused = inspect(token, rules, host)
     if refused is not None:
-        return refused
+        is_family = how == WITH_FAMILY and refused["outcome"] == r.ALREADY_GONE and not _has_its_parent(token)
+        return r.outcome(token, r.REAPED, "it went with its parent") if is_family else refused
     process = _current(token)
     parent = processes.stat(process.parent) if process is not None else None
-    if parent is not None and _identity(host, parent) not in _deaf:
-        _remind(parent)
-        if not _is_gone_within(token, host, min(NUDGE_SECONDS, host.remaining())):
-            _deaf.add(_identity(host, parent))
+    note = _go_with_family(token, host) if how == WITH_FAMILY else _remind_once(token, parent, host)
     if _is_gone_within(token, host, 0):
         return r.outcome(token, r.REAPED)
     if parent is None:
         return r.outcome(token, r.DEFERRED, "its parent cannot be seen from here")
-    name = processes.label(parent)
+    if how == RESTART_UNIT:
+        why = _restart(token, parent, rules, host)
+        if why is None and _is_gone_within(token, host, min(NUDGE_SECONDS, host.remaining())):
+            return _restarted(token, parent)
+        note = why or "unit %s was restarted, and that did not help" % token["details"]["unit"]
+    return _blamed(token, parent, note, host)
+
+
+def _go_with_family(token, host):
+    """Wait for whoever has inherited the zombie; return what is in the way, in words."""
+    if _has_its_parent(token):
+        return "it was not stopped with the VM"
+    _is_gone_within(token, host, min(NUDGE_SECONDS, host.remaining()))
+    return "it has inherited them"
+
+
+def _has_its_parent(token):
+    """Tell whether the process that was the parent when the zombie was found is still there."""
+    pid, _colon, started = str(_details(token).get("parent_identity")).partition(":")
+    parent = processes.stat(int(pid)) if re.fullmatch("[0-9]{1,10}", pid) else None
+    return parent is not None and str(parent.started) == started and not processes.is_zombie(parent)
+
+
+def _remind_once(token, parent, host):
+    if parent is not None and _identity(host, parent) not in _deaf:
+        _remind(parent)
+        if not _is_gone_within(token, host, min(NUDGE_SECONDS, host.remaining())):
+            _deaf.add(_identity(host, parent))
+    return "it is stopped" if parent is not None and parent.state in "Tt" else None
+
+
+def _restart(token, parent, rules, host):
+    """Restart the unit of the parent; return None when that was done, else why not."""
+    details = token["details"]
     unit = processes.unit(processes.read(parent.pid, "cgroup") or "")
-    message = "its parent %s%s%s does not reap it" % (
-        name,
-        " (unit %s)" % unit if unit else "",
-        ", which is stopped," if parent.state in "Tt" else "",
+    if unit != details["unit"] or details.get("parent_identity") != "%d:%d" % (parent.pid, parent.started):
+        return "unit %s was not restarted: the parent is another one, or runs elsewhere, since it was found" % (
+            details["unit"]
+        )
+    claims = [_Claim(rule) for rule in rules]
+
+    def may_end(process):
+        return bool(details.get("may_end")) and _vms_of(process, claims) == {token["vm_id"]}
+
+    others = _vms_of(parent, claims)
+    if others and not may_end(parent):
+        return "unit %s was not restarted: the parent is itself of the VM %s" % (unit, ", ".join(sorted(others)))
+    return units.restart(unit, parent, may_end, host)
+
+
+def _restarted(token, parent):
+    unit = token["details"]["unit"]
+    message = "unit %s was restarted, because its process %s did not reap it" % (unit, processes.label(parent))
+    return dict(r.outcome(token, r.REAPED, message), restarted=unit)
+
+
+def _blamed(token, parent, note, host):
+    """Return the outcome that names the parent, and what was tried in vain."""
+    key = _identity(host, parent)
+    if key not in _blame:
+        _blame[key] = blame.parent(parent.pid, host)
+    found = _blame[key] or r.holder("process", processes.label(parent))
+    message = "its parent %s does not reap it%s" % (found["name"], "; %s" % note if note else "")
+    return r.outcome(token, r.DEFERRED, message, holders=[dict(found, note=note)])
+
+
+def witness(token, _rules, host):
+    """Return the status of the zombie, which is all that is left of it, and who has not waited for it."""
+    process = _current(token)
+    if process is None or _identity(host, process) != token["identity"]:
+        raise ProbeError("it is gone, or another process has its pid now")
+    text = "%s== parent %s\n== its cgroup\n%s" % (
+        processes.read(process.pid, "status") or "",
+        processes.described(process.parent),
+        processes.read(process.parent, "cgroup") or "",
     )
-    return r.outcome(token, r.DEFERRED, message, holders=[r.holder("process", name)])
+    return [{"title": KIND, "source": "/proc/%d/status" % process.pid, "text": text}]
 
 
 class _Claim:
@@ -121,6 +201,10 @@ class _Claim:
         if self._names is None or self._pid_files is None:
             return by_cgroup or by_pid_file
         return by_cgroup if by_cgroup == by_pid_file else None
+
+    def vm_id_of(self, cgroup):
+        """Return the id of the VM whose cgroup this is, by its text alone, None when it is not one of this rule's."""
+        return vm_id_of_cgroup(cgroup, self._names) if self._names is not None else None
 
     def _by_pid_file(self, process):
         """Return the VM whose pid file names this process: a pid file older than the process means another one."""
@@ -168,9 +252,10 @@ def _attributed(process, claims):
     return None
 
 
-def _is_zombie(process):
-    """Tell whether the whole process has ended: the first thread of one that goes on is shown in state Z as well."""
-    return process.state == "Z" and process.threads <= 1
+def _vms_of(process, claims):
+    """Return all VMs that a living process may be of: by its cgroup whatever it is called, and as a zombie would be."""
+    cgroup = processes.read(process.pid, "cgroup") or ""
+    return {claim.vm_id_of(cgroup) for claim in claims}.union([_attributed(process, claims)]) - {None}
 
 
 def _describe(process, vm_id, host, parent):
@@ -186,19 +271,28 @@ def _describe(process, vm_id, host, parent):
     )
 
 
-def _describe_parent(pid):
+def _describe_parent(pid, claims):
+    """Return what the details tell of a parent; ``parent_vm`` is the VM in whose cgroup it runs itself."""
     parent = processes.stat(pid)
     if parent is None:
-        return {"parent": str(pid), "parent_unit": None, "parent_identity": None}
+        unknown = ("parent_unit", "parent_identity", "parent_container", "parent_vm")
+        return dict(dict.fromkeys(unknown), parent=str(pid))
+    cgroup = processes.read(pid, "cgroup") or ""
     return {
         "parent": processes.label(parent),
-        "parent_unit": processes.unit(processes.read(pid, "cgroup") or ""),
+        "parent_unit": processes.unit(cgroup),
         "parent_identity": "%d:%d" % (pid, parent.started),
+        "parent_container": blame.container_of(cgroup)[0],
+        "parent_vm": next(filter(None, (claim.vm_id_of(cgroup) for claim in claims)), None),
     }
 
 
 def _identity(host, process):
     return "%s:%d:%d" % (host.boot_id, process.pid, process.started)
+
+
+def _details(token):
+    return token.get("details") or {}
 
 
 def _current(token):
