@@ -256,6 +256,21 @@ def test_what_the_kernel_refuses_is_told_and_nothing_is_deleted(act, request_of,
     assert asked.left == [] and dm_control.TARGET_MSG not in asked.asked
 
 
+@pytest.mark.parametrize(("said", "now", "message"), [
+    (b" - rw ", b" 7 rw ", "pool hyper-thinpool: its metadata snapshot is held by somebody else (block 7)"),
+    (b" - rw ", b" - ro ", "pool hyper-thinpool: read-only"),
+    (b"queue_if_no_space - ", b"queue_if_no_space needs_check ", "pool hyper-thinpool: needs_check"),
+])
+def test_nothing_is_asked_of_a_pool_that_cannot_take_it(act, said, now, message):
+    requests = [dict(one) for one in CAPTURE["acts"]["removed"]["requests"][:3]]
+    assert requests[2]["request"].startswith("status") and said.hex() in requests[2]["answer"]
+    answer = bytearray.fromhex(requests[2]["answer"].replace(said.hex(), now.hex()))
+    answer[12:16] = (int.from_bytes(answer[12:16], "little") + len(now) - len(said)).to_bytes(4, "little")
+    requests[2]["answer"] = answer.hex()
+    outcome, asked = act("removed", requests=requests)
+    assert (outcome["outcome"], outcome["message"], asked.left) == ("deferred", message, [])
+
+
 def test_a_device_that_the_kernel_says_it_removed_and_has_is_a_failure(act, monkeypatch):
     monkeypatch.setattr(Kernel, "_follow", lambda kernel, command, fields, said: (
         None if command == dm_control.DEV_REMOVE else follow(kernel, command, fields, said)))
@@ -270,14 +285,15 @@ follow = Kernel._follow
 @pytest.mark.skipif(os.geteuid() != 0, reason="makes device nodes")
 @pytest.mark.parametrize(("node", "stays"), [
     ("its", False), ("its, where udevd runs", True), ("of another number", True), ("a link to it", True),
-    ("a file", True),
+    ("a file", True), ("a character device", True),
 ])
 def test_only_the_node_of_its_number_is_removed(act, tmp_path, monkeypatch, node, stays):
     token = CAPTURE["acts"]["removed"]["token"]
     major, minor = (int(part) for part in token["details"]["device"].split(":"))
     path = tmp_path / token["name"]
-    if node.startswith(("its", "of")):
-        os.mknod(path, stat.S_IFBLK | 0o600, os.makedev(major, minor + (node == "of another number")))
+    if node.startswith(("its", "of", "a character")):
+        kind = stat.S_IFCHR if node == "a character device" else stat.S_IFBLK
+        os.mknod(path, kind | 0o600, os.makedev(major, minor + (node == "of another number")))
     elif node == "a file":
         path.write_text("")
     else:

@@ -20,6 +20,7 @@ import hashlib
 import os
 import re
 import time
+import typing
 
 from .. import blame, mounts, processes, safe_read, safe_tree
 from .. import resource as r
@@ -132,7 +133,9 @@ class _Jail:
     """The jail of a token, held open; ``outcome`` once it is decided. ``is_away``: it is not where its name says."""
 
     def __init__(self, token):
-        self.token, self.tree, self.outcome = token, None, None
+        self.token = token
+        self.tree: typing.Any = None
+        self.outcome: typing.Any = None
         self.is_away = False
         self.is_moved = False  # by us, and now
 
