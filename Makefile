@@ -10,6 +10,9 @@ PARTS := lint docs unit simulator oldest sanity scenarios integration
 KEY := $(shell { pwd; cat requirements.txt requirements-dev.txt constraints.txt; } | cksum | tr ' ' -)
 READY := .venv/.ready-$(KEY)
 READY_DEV := .venv/.ready-dev-$(KEY)
+# The fuzzer has an environment of its own: few need it.
+FUZZ := .cache/fuzz-venv
+READY_FUZZ := $(FUZZ)/.ready-$(shell { pwd; cat requirements.txt constraints.txt tests/fuzz/requirements.txt; } | cksum | tr ' ' -)
 ifdef PYTHON
 REMAKE := $(shell [ "$$($(BIN)/python -V 2>&1)" = "$$($(PYTHON) -V 2>&1)" ] || echo remake)
 endif
@@ -50,6 +53,10 @@ simulate: $(READY_DEV) ## run it for long, on all cores: SWEEPS=1000000 SEED=7
 mutants: $(READY_DEV) ## try the unit tests on mutants of what decides: ARGS="--only ledger.py"
 	@$(BIN)/python tests/mutation/run.py $(ARGS)
 
+.PHONY: fuzz
+fuzz: $(READY_FUZZ) ## fuzz what reads outside text: SECONDS=3600 TARGET=ledger_file
+	@$(FUZZ)/bin/python tests/fuzz/run.py $(addprefix --seconds ,$(SECONDS)) $(addprefix --target ,$(TARGET)) $(ARGS)
+
 .PHONY: sanity scenarios integration
 sanity: ## run ansible-test sanity on the built artifact
 scenarios: ## run the molecule scenarios: containers, and hosts with kernels of their own
@@ -86,12 +93,16 @@ clean: ## remove everything the targets made
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): $(REMAKE)
-	@$(call make_venv,requirements.txt)
+	@$(call make_venv,.venv,requirements.txt)
 	@touch $@
 
 $(READY_DEV): $(REMAKE)
-	@$(call make_venv,requirements-dev.txt)
+	@$(call make_venv,.venv,requirements-dev.txt)
 	@touch $(READY) $@
+
+$(READY_FUZZ):
+	@$(call make_venv,$(FUZZ),tests/fuzz/requirements.txt)
+	@touch $@
 
 .PHONY: remake
 remake:
@@ -109,7 +120,7 @@ if [ -z "$$python" ] && [ -n "$$incomplete" ]; then \
 elif [ -z "$$python" ]; then \
     echo "No Python 3.11 or newer found (tried: $(or $(PYTHON),python3.13 python3.12 python3.11 python3)): set PYTHON=" >&2; exit 1; \
 fi; \
-echo "Making .venv with $$("$$python" -V) from $(1)"; \
-"$$python" -m venv --clear .venv; \
-$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $(1)
+echo "Making $(1) with $$("$$python" -V) from $(2)"; \
+"$$python" -m venv --clear $(1); \
+$(1)/bin/python -m pip install --quiet --disable-pip-version-check -r $(2)
 endef

@@ -132,8 +132,8 @@ def _impossible(parameters):
 def _of_thin_pools(wanted, pools):
     if wanted != "false" and not pools:
         return [
-            "reap_unmapped_thin_ids is %s, and reap_thin_pools is empty: name the thin pools that hold volumes of VMs and "
-            "nothing else" % wanted
+            "reap_unmapped_thin_ids is %s, and reap_thin_pools is empty: name the thin pools that hold volumes of VMs "
+            "and nothing else" % wanted
         ]
     return [
         "reap_thin_pools: %r is not a name that the pool of a VM can have: letters, digits and ._:@+-" % pool

@@ -39,8 +39,8 @@ options:
     type: str
     default: ''
   thin_pools:
-    description: Thin pools that hold volumes of VMs and nothing else, by their device-mapper names. The thin ids in them
-      that no device maps are looked at.
+    description: Thin pools that hold volumes of VMs and nothing else, by their device-mapper names. The thin ids in
+      them that no device maps are looked at.
     type: list
     elements: str
     default: []

@@ -224,14 +224,14 @@ def apply(plan, hands, state_dir, realm, tell=lambda problem: None, sweep=None, 
 
 
 def undo(is_meant, hands, state_dir, realm, until, tell=lambda problem: None):
-    """Bring back what the ledger has aside and ``is_meant(HELD)`` tells; return the outcomes.
+    """Bring back what the ledger has aside, or may have, and ``is_meant(HELD)`` tells; return the outcomes.
 
     Its VMs are pinned first, in the host's pin file, until the day ``until`` if there is one, or the next sweeps would
     set them aside again. A reaper that is killed meanwhile leaves what it brought back pinned, the rest where it was.
     """
     with ledgers.Lock(state_dir):
         ledger = ledgers.load(state_dir, realm)[0]
-        meant = [held for held in ledger["aside"] if is_meant(held)]
+        meant = [held for held in _can_come_back(ledger) if is_meant(held)]
         if not meant:
             return []
         if until:
@@ -246,11 +246,12 @@ def undo(is_meant, hands, state_dir, realm, until, tell=lambda problem: None):
                 outcomes.append(_bring_back(held, hands))
                 journal.outcome(outcomes[-1])
         settled_ones = (r.RESTORED, r.ALREADY_GONE, r.IDENTITY_CHANGED)
-        back = [held for held, one in zip(meant, outcomes) if one["outcome"] in settled_ones]
-        keys = {_key(held) for held in back}
+        back = {_object(held): None for held, one in zip(meant, outcomes) if one["outcome"] in settled_ones}
+        keys = {key for key, _identity in back}
         after = dict(
             ledger,
-            aside=[held for held in ledger["aside"] if held not in back],
+            aside=[held for held in ledger["aside"] if _object(held) not in back],
+            intents=[token for token in ledger["intents"] if _object(token) not in back],
             strikes={key: strike for key, strike in ledger["strikes"].items() if key not in keys},
         )
         try:
@@ -263,7 +264,20 @@ def undo(is_meant, hands, state_dir, realm, until, tell=lambda problem: None):
 def foresee_undo(is_meant, state_dir, realm):
     """Return the outcomes of undo() in check mode. Changes nothing."""
     ledger = ledgers.load(state_dir, realm)[0]
-    return [r.outcome(held, r.WOULD_RESTORE) for held in ledger["aside"] if is_meant(held)]
+    return [r.outcome(held, r.WOULD_RESTORE) for held in _can_come_back(ledger) if is_meant(held)]
+
+
+def _can_come_back(ledger):
+    """Return what is aside, and what a reaper that was killed had set aside or was about to.
+
+    No sweep may have settled that since: where the VM lives, the host is latched and its ledger stays as it is.
+    """
+    begun = [dict(_held_again(token), state=r.ASIDE) for token in ledger["intents"] if _may_be_aside(token)]
+    return ledger["aside"] + begun
+
+
+def _may_be_aside(token):
+    return token["state"] == r.ASIDE if "since" in token else token.get("step") == r.ASIDE and not token["stop"]
 
 
 def _bring_back(held, hands):
@@ -356,3 +370,7 @@ def _reaped(before, tokens):
 
 def _key(item):
     return "%s %s" % (item["kind"], item["name"])
+
+
+def _object(item):
+    return _key(item), item["identity"]

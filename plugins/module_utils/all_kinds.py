@@ -10,6 +10,7 @@ Adding a kind is adding a file in kinds/ and naming it in ORDER. A kind is a mod
 ``RESUMES``     optional: whether remove() can finish what an earlier reaper began and could not end (token["resume"])
 ``SETS_ASIDE``  optional: whether set_aside() is for all things of the kind ("always"; they are out of sight then) or
                 for those in which something runs ("running"; they stay in sight). All else waits as it is
+``TAKES``       optional: kinds of which a manager may collect things, unasked, when one of this kind is removed
 ``RULE``        the argument spec of one of its rules (a rule says which names are ours, and where)
 ``collect(rules, host)``         -> ``{"resources": [RESOURCE], "foreign": N}``; reads, never writes.
                                  Raises Absent (the host has no such thing) or another ProbeError (could not be read)
@@ -52,6 +53,7 @@ TRAITS = {
         "depends_on": list(kind.DEPENDS_ON),
         "resumes": getattr(kind, "RESUMES", False),
         "aside": getattr(kind, "SETS_ASIDE", None),
+        "takes": list(getattr(kind, "TAKES", ())),
     }
     for place, kind in enumerate(ORDER)
 }

@@ -75,7 +75,7 @@ def thin_ids(database, path):
         found = {int(number): "device id %d" % int(number) for number, state in states.items() if state != FREE}
         for name, text in devices.items():
             found[int(json.loads(text.decode())["device_id"])] = name.decode("utf-8", "replace")
-    except (ValueError, KeyError, TypeError, AttributeError) as err:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as err:
         raise ProbeError("%s has a record that is not understood: %s" % (path, err)) from err
     return found, set(devices)
 

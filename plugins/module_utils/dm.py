@@ -41,7 +41,9 @@ Line = collections.namedtuple("Line", "sectors words")
 
 # A name cannot hold a slash, so it is the separator; the uuid, which can, comes last.
 _INFO_FORMAT = ("--noheadings", "--separator", "/", "-o", "major,minor,open,suspended,segments,name,uuid")
-_INFO = re.compile(r"(\d+)/(\d+)/(\d+)/(Active|Suspended)/(\d+)/([^/]+)/(.*)")
+_INFO = re.compile(
+    r"([0-9]{1,10})/([0-9]{1,10})/([0-9]{1,10})/(Active|Suspended)/([0-9]{1,10})/([^/]+)/(.*)"
+)
 
 
 def devices(host):
@@ -144,13 +146,13 @@ def parse_info(text):
 
 def parse_lines(text, target):
     """Parse ``name: start length target words...``. A name that comes twice has no table of one line: left out."""
-    pattern = re.compile(r"(.*): 0 (\d+) %s(?: (.*))?" % re.escape(target), re.DOTALL)
+    pattern = re.compile(r"(.*): 0 ([0-9]{1,20}) %s(?: (.*))?" % re.escape(target), re.DOTALL)
     found, seen = {}, collections.Counter()
     for line in text.split("\n"):
         name = line.rpartition(": ")[0]
         seen[name] += 1
         matched = pattern.fullmatch(line)
-        if matched:
+        if matched and matched.group(1) == name:
             found[name] = Line(int(matched.group(2)), (matched.group(3) or "").split())
     return {name: line for name, line in found.items() if seen[name] == 1}
 

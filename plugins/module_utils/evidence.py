@@ -217,7 +217,8 @@ class Evidence:
         added, used = [], 0
         with safe_tree.Tree(base, names) as tree:
             reader = safe_read.Reader(tree, table)
-            for log in reader.matching(globs, MAX_LOGS):
+            # The smallest first: one that is enormous must not take the room of all others.
+            for log in sorted(reader.matching(globs, MAX_LOGS), key=reader.size):
                 try:
                     data, notes = reader.end_of(log, max(0, limit - used))
                 except safe_read.Unreadable as err:

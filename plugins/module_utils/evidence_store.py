@@ -27,6 +27,7 @@ import re
 import stat
 import tarfile
 import time
+import zlib
 
 from . import ledger as ledgers
 from .resource import VM_ID
@@ -43,6 +44,8 @@ FORGOTTEN_SECONDS = 3600
 MAX_BUNDLES = 20000  # so that to list them stays quick
 MAX_METADATA = 4 * 1024 * 1024
 BLOCK = 4096
+# What comes of a bundle that is none, or a damaged one.
+UNREADABLE = (OSError, EOFError, ValueError, zlib.error, tarfile.TarError, RecursionError)
 # What the ledger, the journal and the rest of the host are left of the file system.
 RESERVE_BYTES, RESERVE_SHARE = 64 * 1024 * 1024, 0.05
 LEVEL = 6
@@ -94,7 +97,7 @@ def unpacked(stream, limit):
         if not isinstance(metadata, dict):
             raise EvidenceError("no metadata")
         return metadata, sections
-    except (OSError, EOFError, ValueError, tarfile.TarError, RecursionError) as err:
+    except UNREADABLE as err:
         raise EvidenceError("not a bundle: %s" % err) from err
 
 
@@ -155,7 +158,7 @@ class Store:
                     if member is None or member.size > MAX_METADATA:
                         raise EvidenceError("%s has no metadata" % name)
                     found = json.loads(_content(archive, member).decode("ascii"))
-            except (OSError, EOFError, ValueError, tarfile.TarError, RecursionError) as err:
+            except UNREADABLE as err:
                 raise EvidenceError("%s is not a bundle: %s" % (name, err)) from err
         if not isinstance(found, dict):
             raise EvidenceError("%s has no metadata" % name)

@@ -33,6 +33,7 @@ VERSION = 1
 STATES = ("aside", "waiting")
 MAX_BYTES = 64 * 1024 * 1024
 MAX_REAPED = 10000
+MAX_COUNT = 1 << 53
 MAX_PINS_BYTES = 1024 * 1024
 REALM = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -138,8 +139,9 @@ def pins(state_dir):
         raise LedgerError("cannot read the pins %s: %s" % (path, why(err))) from err
     if len(data) > MAX_PINS_BYTES:
         raise LedgerError("the pins %s are larger than %d bytes" % (path, MAX_PINS_BYTES))
-    lines = (line.partition("#")[0].strip() for line in data.decode("utf-8", "replace").splitlines())
-    return [line for line in lines if line]
+    lines = (" ".join(line.partition("#")[0].split()) for line in data.decode("utf-8", "replace").splitlines())
+    # What cannot be printed becomes a "?", which in a pattern is any character: it pins no less than was meant.
+    return ["".join(c if c.isprintable() else "?" for c in line) for line in lines if line]
 
 
 def pin(state_dir, vm_ids, until):
@@ -229,7 +231,7 @@ def _checked(ledger, realm):
     if not all(math.isfinite(epoch) for epoch in remembered["epochs"].values()):
         raise ValueError("an epoch that is no number")
     counts = [*remembered["counts"].values()] + [remembered["count"]]
-    if not all(count is None or math.isfinite(count) for count in counts):
+    if not all(count is None or 0 <= count <= MAX_COUNT for count in counts):
         raise ValueError("a count that is no number")
     ledger = dict(empty(realm), **dict(ledger, manifest=remembered))
     if not all(VM_ID.fullmatch(vm_id) and math.isfinite(when) for vm_id, when in ledger["reaped"].items()):

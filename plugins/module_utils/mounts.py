@@ -12,6 +12,7 @@ import re
 # it happens to its peers elsewhere too.
 Mount = collections.namedtuple("Mount", "id parent device root point shared kind")
 
+_ID = re.compile("[0-9]{1,20}")
 _ESCAPE = re.compile(r"\\([0-7]{3})")
 
 
@@ -34,7 +35,7 @@ def points_with(mountinfo, option, directories):
         for one in (after.split(" ") + ["", ""])[2].split(","):
             path = _unescape(one[len(option) :]) if one.startswith(option) else ""
             if path and any(is_same_or_above(directory, path) for directory in directories):
-                found.add(_unescape(before.split(" ")[4]))
+                found.update(map(_unescape, before.split(" ")[4:5]))
     return found
 
 
@@ -44,7 +45,7 @@ def parse(mountinfo):
     for line in mountinfo.split("\n"):
         before, separator, after = line.partition(" - ")
         fields = before.split(" ")
-        if separator and len(fields) >= 6 and fields[0].isdigit() and fields[1].isdigit():
+        if separator and len(fields) >= 6 and _ID.fullmatch(fields[0]) and _ID.fullmatch(fields[1]):
             shared = any(field.startswith("shared:") for field in fields[6:])
             root, point = _unescape(fields[3]), _unescape(fields[4])
             found.append(

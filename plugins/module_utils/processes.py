@@ -29,11 +29,17 @@ def pids():
 
 
 def parse_stat(text):
-    """Parse /proc/PID/stat. The command may hold anything, a closing parenthesis too: the last one ends it."""
+    """Parse /proc/PID/stat. The command may hold anything, a closing parenthesis too: the last one ends it.
+
+    Raises ProbeError.
+    """
     head, _parenthesis, tail = text.rpartition(")")
     pid, _parenthesis, command = head.partition(" (")
     fields = tail.split()
-    return Stat(int(pid), command, fields[0], int(fields[1]), int(fields[17]), int(fields[19]))
+    try:
+        return Stat(int(pid), command, fields[0], int(fields[1]), int(fields[17]), int(fields[19]))
+    except (ValueError, IndexError) as err:
+        raise ProbeError("this is no /proc/PID/stat: %.200r" % text) from err
 
 
 def ended():

@@ -166,7 +166,7 @@ def _compiled(kind, rule):
         raise RuleError("a %s rule needs 'name' (a regular expression with a group vm_id): %r" % (kind, rule))
     try:
         pattern = re.compile(text)
-    except re.error as err:
+    except (re.error, OverflowError, RecursionError) as err:
         raise RuleError("%s rule: 'name' is not a regular expression: %r: %s" % (kind, text, err)) from err
     if "vm_id" not in pattern.groupindex and not rule.get("label"):
         raise RuleError("%s rule: 'name' has no group (?P<vm_id>...): %r" % (kind, text))

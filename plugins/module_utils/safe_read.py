@@ -78,6 +78,13 @@ class Reader:
                     return sorted(found)
         return sorted(found)
 
+    def size(self, names):
+        """Return the size of a file as it is now, 0 of one that is gone."""
+        try:
+            return self._status(names).st_size
+        except (OSError, Unreadable):
+            return 0
+
     def end_of(self, names, limit):
         """Return ``(the last bytes of a regular file, notes)``; the notes say what is missing. Raises Unreadable."""
         with self._regular(names) as descriptor:

@@ -20,10 +20,12 @@ import re
 import time
 
 from . import dm
-from .probe import ProbeError, find_command
+from .probe import DeadlineExceeded, ProbeError, find_command
 
 LOCK_SECONDS = 5.0
 NOTES = "thin-metadata-snapshots.json"
+# In the place of a block: we are about to reserve one, and nobody had any. Whoever is killed then has it, or nobody.
+PENDING = "pending"
 LOCK = "thin-metadata-snapshots.lock"
 # Who keeps account of all volumes of a pool himself, by the beginning of its uuid (or that of a volume).
 MANAGERS = (("LVM-", "lvm"), ("stratis-", "stratis"))
@@ -33,10 +35,12 @@ Pool = collections.namedtuple("Pool", "name uuid number incarnation")
 # ``full``: percent of its data or of its metadata, whichever is more.
 Health = collections.namedtuple("Health", "trouble held used_bytes full")
 
-_USED = re.compile(r"\d+/\d+")
-_SUPERBLOCK = re.compile(r'<superblock uuid="[^"]*" time="(\d+)" transaction="(\d+)"')
+# Of digits as the kernel writes them, and not more than it has: Python's int() takes others, and refuses thousands.
+_USED = re.compile(r"[0-9]{1,20}/[0-9]{1,20}")
+_SUPERBLOCK = re.compile(r'<superblock uuid="[^"]*" time="([0-9]{1,20})" transaction="([0-9]{1,20})"')
 _DEVICE = re.compile(
-    r'<device dev_id="(\d+)" mapped_blocks="(\d+)" transaction="(\d+)" creation_time="(\d+)" snap_time="(\d+)"'
+    r'<device dev_id="([0-9]{1,20})" mapped_blocks="([0-9]{1,20})" transaction="([0-9]{1,20})"'
+    r' creation_time="([0-9]{1,20})" snap_time="([0-9]{1,20})"'
 )
 
 
@@ -89,7 +93,7 @@ def parse_health(sectors, words, ours=None):
         trouble = "needs_check"
     elif words[4] not in ("rw", "out_of_data_space"):
         trouble = {"ro": "read-only"}.get(words[4], words[4])
-    elif held not in (None, ours):
+    elif held not in (None, ours) and ours != PENDING:
         trouble = "its metadata snapshot is held by somebody else (block %s)" % held
     else:
         trouble = None
@@ -133,12 +137,15 @@ def _records(one, host):
 def parse_dump(text):
     """Parse the XML of thin_dump, of which only numbers are looked at."""
     head = _SUPERBLOCK.search(text)
-    if not head or "</superblock>" not in text:
+    # A dump that was cut off has no end; two of them in one have it in the middle.
+    if not head or text.find("</superblock>") != len(text.rstrip()) - len("</superblock>"):
         raise ProbeError("thin_dump printed something else than a whole superblock")
     of_pool = [int(number) for number in head.groups()]
     found = {}
     for matched in _DEVICE.finditer(text):
         thin_id, mapped, transaction, created, snapped = (int(number) for number in matched.groups())
+        if thin_id in found:
+            raise ProbeError("thin_dump printed two devices %d" % thin_id)
         found[thin_id] = {"device": [transaction, created, snapped, mapped], "pool": of_pool}
     return found
 
@@ -194,7 +201,14 @@ def _lock(descriptor, deadline):
 
 @contextlib.contextmanager
 def _snapshot(one, host):
-    _message(one, host, "reserve_metadata_snap")
+    _note(one, host, PENDING)
+    try:
+        _message(one, host, "reserve_metadata_snap")
+    except DeadlineExceeded:
+        raise  # it may still come to it
+    except ProbeError:
+        _note(one, host, None)
+        raise
     try:
         _note(one, host, read_health(one, host).held)
         yield
@@ -220,7 +234,7 @@ def _notes(host):
     try:
         with open(os.path.join(host.state_dir, NOTES), "rb") as stream:
             notes = json.loads(stream.read(1 << 20).decode())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return notes if isinstance(notes, dict) else {}
 

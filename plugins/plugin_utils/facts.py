@@ -77,7 +77,7 @@ def _check_host(facts):
             raise FactsError("'%s' is no text: %.200r" % (key, facts[key]))
     for key in ("other_realms", "pins"):
         lines = facts.get(key, [])
-        if not isinstance(lines, list) or not all(isinstance(line, str) and line.isprintable() for line in lines):
+        if not isinstance(lines, list) or not all(map(_is_line, lines)):
             raise FactsError("'%s' is no list of texts: %.200r" % (key, lines))
     if not _is_number(facts["boottime_seconds"]):
         raise FactsError("'boottime_seconds' is no number: %.200r" % facts["boottime_seconds"])
@@ -203,6 +203,10 @@ _GOOD = {
     "parent": _are((str, type(None))),
     "details": _are(dict),
 }
+
+
+def _is_line(value):
+    return isinstance(value, str) and value.isprintable() and bool(value.strip())
 
 
 def _is_text(value):

@@ -115,7 +115,7 @@ def complete_policy(policy):
             raise PolicyError("reap_%s must be one of %s, not %r" % (key, ", ".join(allowed), full[key]))
     try:
         [re.compile(pattern) for pattern in full["reused_ids"]]
-    except (re.error, TypeError) as err:
+    except (re.error, TypeError, OverflowError, RecursionError) as err:
         raise PolicyError(
             "reap_reused_ids must be a list of regular expressions, not %r: %s" % (full["reused_ids"], err)
         ) from None
@@ -167,7 +167,7 @@ def plan(facts, share, policy, kinds):
             generated_at, age, count, counts, proven, unproven, host_known, live: [vm_id], elsewhere: {vm_id: [host]},
             tombstones: {vm_id: seconds since destroyed, or null}}``; ``age`` in seconds when it was fetched
     policy  see DEFAULT_POLICY
-    kinds   ``{kind: {order, stops, depends_on, resumes, aside}}``
+    kinds   ``{kind: {order, stops, depends_on, resumes, aside, takes}}``
 
     PLAN    ``{host, realm, manifest, refused, families, reap, begins, ledger, ledger_changed, generation, counts,
             notices}``; ``begins`` are the VMs that this plan is the first to take something of
@@ -815,8 +815,8 @@ class _Ladder:
 
     def climb(self, going):
         """Return the tokens of what may go and has not been set aside yet; mark what waits where it is as held."""
-        steps = {key: self._step(key, member) for key, member in going.items()}
-        while self._wait_for_what_they_hold(going, steps):
+        steps = {key: WAIT if self._takes_unseen(one) else self._step(key, one) for key, one in going.items()}
+        while self._wait_for_each_other(going, steps):
             pass
         ends = {key for key, member in going.items() if _stops(member, self.kinds) and self._ends(member, steps[key])}
         freed = {going[key]["vm_id"] for key in ends}
@@ -850,13 +850,14 @@ class _Ladder:
 
         They wait as long as anything else of the VM would, and while their name is that of another object.
         """
-        tokens, taken = [], set(self.present)
+        # Of two that had the same name the one may be the other: an undo that was killed brought it back.
+        tokens, taken = [], {*self.present, *(_key(held) for held in self.moved if not self._is_due(held))}
         for held in self.moved:
-            if _key(held) in taken or not self._is_due(held) or self._speaks_against(held):
+            if _key(held) in taken or self._speaks_against(held):
                 self.aside.append(held)
             else:
                 tokens.append(dict(held, step=REMOVE, stop=False, resume=True, why=self._why(held)))
-                taken.add(_key(held))  # of two that had the same name, one at a time
+                taken.add(_key(held))  # and one at a time
         for token in self.unfinished:
             if _key(token) in taken or self._speaks_against(token):
                 self.intents.append(token)
@@ -912,16 +913,22 @@ class _Ladder:
         """Tell whether what runs in it is ended now, and not only frozen."""
         return step == REMOVE or step == WAIT and not self.judge.hold(member["kind"], member["vm_id"])
 
-    def _wait_for_what_they_hold(self, going, steps):
-        """Let what holds something that waits wait too: a manager collects what nothing refers to any more."""
-        waiting = {
-            _key(holder)
-            for key, member in going.items()
-            if steps[key] == WAIT
-            for holder in member["holders"]
-            if "kind" in holder
-        }
-        early = [key for key in waiting if steps.get(key) == REMOVE]
+    def _takes_unseen(self, member):
+        """Tell whether a manager may collect with it what has a hold and could not be read."""
+        return any(
+            self.judge.hold(kind, member["vm_id"]) and self._status(kind) == "unavailable"
+            for kind in self.kinds[member["kind"]]["takes"]
+        )
+
+    def _wait_for_each_other(self, going, steps):
+        """Let what holds something that stays for now wait too, for a manager collects what nothing refers to any more;
+        and let what is held by something that stays for now wait.
+        """
+        pairs = [
+            (key, _key(holder)) for key, member in going.items() for holder in member["holders"] if "kind" in holder
+        ]
+        early = {key for pair in pairs if {steps[one] == REMOVE for one in pair} == {True, False} for key in pair}
+        early = [key for key in sorted(early) if steps[key] == REMOVE]
         steps.update(dict.fromkeys(early, WAIT))
         return bool(early)
 
@@ -946,7 +953,7 @@ class _Ladder:
         hold = self.judge.hold(held["kind"], held["vm_id"])
         waited = self.now - held["since"]
         if waited >= hold:
-            _hold(member, "hold", "it goes with what it holds")
+            _hold(member, "hold", "it goes with what it holds, or what holds it")
         else:
             did = "set aside" if held["state"] == ASIDE else "waiting where it is for"
             _hold(member, "hold", "%s %d s%s, and reap_hold is %d" % (

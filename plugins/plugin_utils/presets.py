@@ -87,9 +87,13 @@ def _shape(name, content):
     if not isinstance(reused, list) or not all(isinstance(pattern, str) for pattern in reused):
         raise PresetError("preset %s: 'reused_ids' must be a list of regular expressions" % name)
     for kind, kind_rules in content["rules"].items():
-        if not isinstance(kind_rules, list) or not all(isinstance(rule, dict) for rule in kind_rules):
+        if not isinstance(kind_rules, list) or not all(_is_rule(rule) for rule in kind_rules):
             raise PresetError("preset %s: the rules of %s must be a list of mappings" % (name, kind))
     return content
+
+
+def _is_rule(rule):
+    return isinstance(rule, dict) and all(isinstance(key, str) for key in rule)
 
 
 def _placed(kind, rule, cgroup_roots, jail_bases, namespaces, address):

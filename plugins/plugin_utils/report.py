@@ -17,6 +17,7 @@ WAITS = "hold"  # the reason of what waits for the end of reap_hold
 HELD = ("held", "disputed", "unknown")
 MAX_LINES = 40
 MAX_LINE = 1000
+MAX_BYTES = 1 << 80
 
 
 def summarize(hosts):
@@ -128,7 +129,7 @@ def _with_outcomes(one):
     outcomes = one["outcomes"] if isinstance(one["outcomes"], list) else [one["outcomes"]]
     good = [outcome for outcome in outcomes if _is_outcome(outcome)]
     if len(good) == len(outcomes):
-        return one
+        return dict(one, outcomes=good)
     return dict(one, outcomes=good, error=one["error"] or "it returned %d outcomes that are none" % (
         len(outcomes) - len(good)
     ))
@@ -138,12 +139,17 @@ def _is_outcome(outcome):
     try:
         return (
             all(isinstance(outcome[key], str) for key in ("kind", "name", "vm_id", "outcome", "message"))
-            and isinstance(outcome["bytes"], (int, float, type(None)))
+            and _is_count(outcome["bytes"])
             and isinstance(outcome["holders"], list)
             and all(isinstance(holder[key], str) for holder in outcome["holders"] for key in ("type", "name"))
         )
     except (KeyError, TypeError):
         return False
+
+
+def _is_count(value):
+    """Tell whether it is a number of bytes that can be added up, or none."""
+    return value is None or (isinstance(value, (int, float)) and 0 <= value < MAX_BYTES)
 
 
 def _kinds(one):

@@ -9,17 +9,21 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
 import time
 
 import pytest
+from hosts import hosts
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 HOSTS = ROOT / "tests" / "hosts" / "hosts.py"
 PACKAGE = "ansible_collections/microvm/reaper/plugins/module_utils"
 NAME = "containerd"
+# Every version that README names, and the Debian suite that has it; the one of the hosts comes with them.
+VERSIONS = {"1.6": "bookworm", "1.7": hosts.SUITE, "2": "sid"}
 
 pytestmark = [pytest.mark.hosts, pytest.mark.skipif(os.geteuid() != 0, reason="test hosts need root")]
 
@@ -56,11 +60,17 @@ print(json.dumps(dict(answer, seconds=time.monotonic() - begin, connections=len(
 """
 
 
+START = "containerd > /var/log/containerd.log 2>&1 & until ctr version > /dev/null; do sleep 0.1; done"
+
+
 class Reaper:
     """A test host, seen through ctr and through the collection's code."""
 
-    def __init__(self, state):
+    def __init__(self, state, programs=None):
         self.state = state
+        if programs:
+            self.shell("rm -f /usr/bin/containerd*; tar -C / -xf -", data=programs)
+            self.shell(START)
         inventory = (state / "inventory.yml").read_text()
         self.namespace, self.image, self.archive = (
             re.search('test_%s: "(.*)"' % key, inventory).group(1)
@@ -115,18 +125,41 @@ class Reaper:
         ]
 
 
-@pytest.fixture(scope="module")
-def reaper(tmp_path_factory):
+@pytest.fixture(scope="module", params=VERSIONS)
+def reaper(request, tmp_path_factory):
+    suite = VERSIONS[request.param]
+    programs = None if suite == hosts.SUITE else programs_of(suite)
     state = tmp_path_factory.mktemp("containerd-host")
     command = [sys.executable, str(HOSTS)]
+    up = [*command, "up", "--kind", "container", "--name", NAME, "--state", str(state)]
     try:
-        subprocess.run([*command, "up", "--kind", "container", "--name", NAME, "--state", str(state)], check=True)
-        host = Reaper(state)
+        subprocess.run([*up, "--no-containerd"] if programs else up, check=True)
+        host = Reaper(state, programs)
+        assert re.search(r"Server:\s+Version: +v?%s\b" % re.escape(request.param), host.ctr("version"))
         yield host
         for name in host.tasks():  # a frozen one would outlive the host
             host.ctr("tasks resume %s; ctr -n %s tasks kill -s 9 %s" % (name, host.namespace, name), check=False)
     finally:
         subprocess.run([*command, "down", "--state", str(state)], check=False)
+
+
+def programs_of(suite):
+    """Return the programs of a suite's containerd as a tar; skip where the suite cannot be had."""
+    there = hosts.CACHE / ("containerd-" + suite)
+    with hosts.locked(hosts.CACHE / ("containerd-%s.lock" % suite)):
+        if not there.exists():
+            new = there.with_suffix(".new")
+            shutil.rmtree(new, ignore_errors=True)
+            try:
+                hosts.bootstrap(suite, "extract", ["containerd"], new)
+            except hosts.HostsError as err:
+                pytest.skip("containerd of Debian %s cannot be had: %s" % (suite, err))
+            new.rename(there)
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for path in [*(there / "usr/bin").glob("containerd*"), there / "usr/bin/ctr"]:
+            archive.add(path, "usr/bin/" + path.name)
+    return buffer.getvalue()
 
 
 def seconds_of(created):
@@ -284,6 +317,117 @@ def test_an_image_holds_its_layers(reaper):
     assert "image" in [each["type"] for each in layer["holders"]]
 
 
+def directory_of(reaper, key, snapshotter="overlayfs"):
+    """Return the directory with the files of a snapshot that has no parent."""
+    mount = reaper.ctr("snapshots --snapshotter %s mounts /x %s" % (snapshotter, key))
+    return re.search(r"mount -t bind (\S+) /x", mount).group(1)
+
+
+def test_a_key_in_two_namespaces_is_two_snapshots(reaper):
+    other = reaper.namespace + "-other"
+    for namespace in (reaper.namespace, other):
+        reaper.ctr("snapshots prepare twin", namespace=namespace)
+    rules = reaper.rule("(?P<vm_id>twin)", pinned=True)
+    # A container of the other namespace has the snapshot of the same name there.
+    reaper.ctr("images import %s" % reaper.archive, namespace=other)
+    reaper.ctr("containers create --snapshotter overlayfs %s twin-user" % reaper.image, namespace=other)
+    (mine,) = reaper.collect("snapshot", rules).values()
+    theirs = [dict(rules[0], namespace=other)]
+    (one,) = reaper.collect("snapshot", theirs).values()
+    assert (mine["name"], one["name"]) == (reaper.namespace + "/overlayfs/twin", other + "/overlayfs/twin")
+    assert mine["identity"] != one["identity"]
+    assert reaper.act("snapshot", "remove", theirs, [mine]) == [("failed", [])]
+    assert reaper.act("snapshot", "remove", rules, [mine]) == [("reaped", [])]
+    assert "twin" in reaper.ctr("snapshots ls", namespace=other).split()
+    assert "twin" not in reaper.ctr("snapshots ls").split()
+
+
+def test_content_that_two_namespaces_share_is_each_ones_own(reaper):
+    names = [reaper.namespace + "-first", reaper.namespace + "-second"]
+    for namespace in names:
+        reaper.ctr("images import %s" % reaper.archive, namespace=namespace)
+    reaper.ctr("images rm --sync %s" % reaper.image, namespace=names[0])
+    rules = [{"namespace": names[0], "name": "(?P<vm_id>sha256:.*)"}]
+    assert reaper.collect("snapshot", rules) == {}
+    (layer,) = reaper.collect("snapshot", [dict(rules[0], namespace=names[1])]).values()
+    assert "image" in [each["type"] for each in layer["holders"]]
+
+
+@pytest.mark.parametrize("snapshotter", ["overlayfs", "native"])
+def test_a_mount_in_a_mount_namespace_of_its_own_holds(reaper, snapshotter):
+    key = "bound-" + snapshotter
+    reaper.ctr("snapshots --snapshotter %s prepare %s" % (snapshotter, key))
+    rules = reaper.rule("(?P<vm_id>%s)" % key, pinned=True, snapshotter=snapshotter)
+    (one,) = reaper.collect("snapshot", rules).values()
+    source = directory_of(reaper, key, snapshotter)
+    reaper.shell(
+        "mkdir -p %s/sub /tmp/point; setsid unshare -m --propagation private sh -c "
+        "'mount --bind %s/sub /tmp/point; echo ready > /tmp/ready; exec sleep 1000' > /dev/null 2>&1 & "
+        "echo $! > /tmp/pid; "
+        "until [ -e /tmp/ready ]; do sleep 0.05; done; rm /tmp/ready" % (source, source)
+    )
+    assert "/tmp/point" not in reaper.shell("cat /proc/self/mountinfo")
+    assert reaper.act("snapshot", "remove", rules, [one]) == [("deferred", [("mount", "/tmp/point")])]
+    reaper.shell("kill $(cat /tmp/pid); while kill -0 $(cat /tmp/pid) 2> /dev/null; do sleep 0.05; done")
+    # What is mounted in it would be removed with it.
+    reaper.shell("mount -t tmpfs tmpfs %s/sub; touch %s/sub/precious" % (source, source))
+    assert reaper.act("snapshot", "remove", rules, [one]) == [("deferred", [("mount", source + "/sub")])]
+    assert reaper.shell("ls %s/sub" % source).split() == ["precious"]
+    reaper.shell("umount %s/sub" % source)
+    assert reaper.act("snapshot", "remove", rules, [one]) == [("reaped", [])]
+
+
+def test_a_container_of_another_namespace_that_has_its_files_holds_it(reaper):
+    other = reaper.namespace + "-user"
+    reaper.ctr("images import %s" % reaper.archive, namespace=other)
+    reaper.ctr("snapshots prepare lent")
+    rules = reaper.rule("(?P<vm_id>lent)", pinned=True)
+    (one,) = reaper.collect("snapshot", rules).values()
+    mount = "type=bind,src=%s,dst=/lent,options=rbind:ro" % directory_of(reaper, "lent")
+    reaper.ctr("containers create --mount %s %s user" % (mount, reaper.image), namespace=other)
+    assert reaper.act("snapshot", "remove", rules, [one]) == [("deferred", [("container", other + "/user")])]
+    reaper.ctr("containers rm user", namespace=other)
+    assert reaper.act("snapshot", "remove", rules, [one]) == [("reaped", [])]
+
+
+def test_a_lease_that_is_over_is_collected_by_its_owner(reaper):
+    rules = reaper.rule("(?P<vm_id>over-[a-z]+)", pinned=True)
+    expire = "containerd.io/gc.expire="
+    soon = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + 3600))
+    just = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - 5))
+    for key in ("over-pinned", "over-free", "over-later", "over-just"):
+        reaper.ctr("snapshots prepare " + key)
+    reaper.ctr("snapshots label over-free containerd.io/gc.root=")
+    for lease, until, key in (
+        ("later", soon, "over-later"),
+        ("just", just, "over-just"),
+        ("old", "2020-01-01T00:00:00Z", "over-pinned"),
+        ("old", None, "over-free"),
+    ):
+        if until:
+            reaper.ctr("leases create --id %s --expires 0s %s%s" % (lease, expire, until))
+        assert "error" not in reaper.ask("snapshot", "lease", rules, lease=lease, key=key)
+
+    def leases():
+        return {line.split()[0] for line in reaper.ctr("leases ls").splitlines()[1:]}
+
+    found = reaper.collect("snapshot", rules)
+    holders = {key: [each["name"] for each in one["holders"]] for key, one in found.items()}
+    assert holders == {"over-pinned": [], "over-free": [], "over-later": ["later"], "over-just": ["just"]}
+    kept = [found["over-later"], found["over-just"]]
+    held = [("deferred", [("lease", name)]) for name in ("later", "just")]
+    assert reaper.act("snapshot", "remove", rules, kept) == held
+    assert reaper.act("snapshot", "inspect", rules, [found["over-pinned"], found["over-free"]]) == [None, None]
+    assert {"old", "just", "later"} <= leases()
+    # The first one lets containerd collect; what nothing else holds goes with the lease then.
+    assert reaper.act("snapshot", "remove", rules, [found["over-free"], found["over-pinned"]]) == [("reaped", [])] * 2
+    assert "later" in leases() and not {"old", "just"} & leases()
+    assert not any(name.startswith("microvm.reaper") for name in leases())
+    keys = {line.split()[0] for line in reaper.ctr("snapshots ls").splitlines()[1:]}
+    assert {key for key in keys if key.startswith("over-")} == {"over-later", "over-just"}
+    assert reaper.act("snapshot", "remove", rules, [found["over-just"]]) == [("reaped", [])]
+
+
 def test_a_namespace_or_snapshotter_that_is_not_there(reaper):
     nowhere = [{"namespace": "nowhere", "name": "(?P<vm_id>.*)"}]
     for kind in ("container", "snapshot"):
@@ -359,5 +503,5 @@ def test_row_27_a_daemon_that_hangs_or_is_gone(reaper):
     reaper.shell("rm -f /run/containerd/containerd.sock; mv /run/containerd /run/elsewhere")
     assert reaper.ask("container", "collect", rules)["error"] == "Absent"
     reaper.shell("mv /run/elsewhere /run/containerd")
-    reaper.shell("containerd > /var/log/containerd.log 2>&1 & until ctr version > /dev/null; do sleep 0.1; done")
+    reaper.shell(START)
     assert reaper.collect("container", rules)["see-run"]["in_use"]

@@ -132,7 +132,8 @@ class Reaper:
 
     def ask(self, act, tokens=(), rules=None, before=(), seconds=30, **more):
         """Return the driver's answer, None when it was killed on the way."""
-        ask = dict(more, kind=self.kind, act=act, tokens=list(tokens), rules=rules or RULES, before=list(before), seconds=seconds)
+        ask = dict(more, kind=self.kind, act=act, tokens=list(tokens), rules=rules or RULES)
+        ask.update(before=list(before), seconds=seconds)
         text = self.shell("python3 /tmp/driver.py || [ $? = 9 ]", data=json.dumps(ask).encode())
         return json.loads(text) if text else None
 

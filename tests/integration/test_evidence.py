@@ -215,4 +215,5 @@ def test_whole_logs_of_what_is_set_aside_are_copied_after_the_sweep(pair: Fleet)
     source, _newline, whole = texts["jail-whole-log-root_logs_vmm.log.txt"].partition("\n")
     assert "/.microvm.reaper/" in source and whole.endswith("999999\n1000000\n")
     assert texts["jail-whole-log-root_logs_huge.txt"].startswith("/srv/jailer/") and "left out" in json.dumps(texts)
-    on(pair, host, "rm -rf /srv/jailer/firecracker/.microvm.reaper")
+    assert sweep(pair, reap_hold=0, reap_pressure=100).code == 0
+    assert pair.left(host) == pair.left(other) == []

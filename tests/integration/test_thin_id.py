@@ -42,7 +42,7 @@ CTR = "ctr -n vms snapshots --snapshotter devmapper "
 
 pytestmark = [
     pytest.mark.hosts,
-    pytest.mark.timeout(240),
+    pytest.mark.timeout(300),
     pytest.mark.skipif(os.geteuid() != 0, reason="test hosts need root"),
 ]
 
@@ -246,7 +246,8 @@ def reload(reaper, pool, features):
 def aside(thin_id, **changes):
     """Return what a ledger has of a volume that a reaper deactivated."""
     token = {"kind": "dm_thin", "name": "hyper-rw-v1", "vm_id": "v1", "identity": "x", "stop": False}
-    return dict(token, details=dict({"pool": POOL, "pool_uuid": "", "pool_device": "254:0", "thin_id": thin_id}, **changes))
+    details = {"pool": POOL, "pool_uuid": "", "pool_device": "254:0", "thin_id": thin_id}
+    return dict(token, details=dict(details, **changes))
 
 
 def remember(reaper, realm="prod", **changes):
@@ -312,8 +313,8 @@ def test_row_24_a_metadata_snapshot_of_somebody_else_is_respected(reaper, pool):
 
 def test_a_reaper_that_reads_the_metadata_is_not_disturbed_by_another(reaper, pool):
     unmapped(pool, 1, 1)
-    collect = json.dumps({"kind": "thin_id", "act": "collect", "tokens": [], "rules": RULES, "before": [], "seconds": 20})
-    other = "echo %s | python3 /tmp/driver.py > /run/other; cat /run/other" % shlex.quote(collect)
+    ask = {"kind": "thin_id", "act": "collect", "tokens": [], "rules": RULES, "before": [], "seconds": 20}
+    other = "echo %s | python3 /tmp/driver.py > /run/other" % shlex.quote(json.dumps(ask))
     # While ours has its metadata snapshot, another reaper looks too: it has to wait, and gives up.
     answer = reaper.ask("collect", before=[{"command": "thin_dump", "shell": other}])
     assert len(answer["result"]["resources"]) == 1
@@ -448,3 +449,51 @@ def test_twenty_ids_in_one_sweep(reaper, pool):
     assert sum(one["bytes"] for one in answer["result"]) == 20 * 65536
     print("20 thin ids: %.2f s" % answer["seconds"])
     assert reaper.used(pool.name) == 0
+
+
+def test_the_role_reports_them_and_reaps_them_when_it_is_told_to(kernel):
+    few = {"live": 2, "orphans": 1, "containers": 0, "running_orphans": 0, "zombies": 0}
+    kernel.plant(few)
+    table = f"0 65536 thin /dev/mapper/{POOL} 9000"
+    make = f"dmsetup message {POOL} 0 'create_thin 9000'; dmsetup create gone --table '{table}'; dmsetup mknodes gone; "
+    make += "dd if=/dev/urandom of=/dev/mapper/gone bs=1M count=1 oflag=direct; dmsetup remove gone"
+    kernel.run("kern", f"set -e; export DM_DISABLE_UDEV=1; {make}", check=True)
+
+    def sweep(*arguments, **variables):
+        time.sleep(0.5)
+        kernel.list_live(generated_at=time.time() + 25)
+        fast = {"reap_min_age": 0, "reap_strike_interval": 0.1}
+        return kernel.sweep(*arguments, "-e", json.dumps(dict(fast, **variables)), timeout=120)
+
+    def outcomes(done):
+        return {one["name"]: one for one in done.outcomes() if one["kind"] == "thin_id"}
+
+    refused = sweep(reap_unmapped_thin_ids=True)
+    assert refused.code != 0 and "reap_thin_pools is empty" in refused.output, refused.output
+    pools = {"reap_thin_pools": [POOL]}
+    sweep(reap_unmapped_thin_ids="report", **pools)
+    told = sweep(reap_unmapped_thin_ids="report", **pools)
+    assert told.code == 0 and not outcomes(told), told.output
+    assert "unmapped thin id, reap_unmapped_thin_ids is report" in told.output, told.output
+    off = sweep(**pools)
+    assert "thin_id" not in off.output and not outcomes(off), off.output
+    sweep(reap_unmapped_thin_ids=True, **pools)
+    checked = sweep("--check", reap_unmapped_thin_ids=True, **pools)
+    assert {name: one["outcome"] for name, one in outcomes(checked).items()} == {POOL + "/9000": "would_reap"}, (
+        checked.output
+    )
+    done = sweep(reap_unmapped_thin_ids=True, **pools)
+    (one,) = outcomes(done).values()
+    assert (one["name"], one["outcome"], one["bytes"]) == (POOL + "/9000", "reaped", MIB), done.output
+    assert kernel.check("gone") == []
+
+
+def test_a_witness_tells_what_the_metadata_said_and_how_the_pool_is(reaper, pool):
+    for thin_id in (1, 2):
+        unmapped(pool, thin_id, 1)
+    answer = reaper.ask("witness", [*reaper.token(1), *reaper.token(2)])
+    assert "error" not in answer and len(answer["commands"]) == 1, answer
+    (told,) = answer["result"][1]
+    lines = dict(line.split(": ", 1) for line in told["text"].splitlines())
+    assert (lines["thin_id"], lines["pool"]) == ("2", POOL) and "'device': [" in lines["record"]
+    assert " rw " in lines["status of the pool"]

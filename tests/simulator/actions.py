@@ -5,12 +5,16 @@
 from __future__ import annotations
 
 from .control_plane import HONEST, LIES
+from .terms import REALM
+from .undoing import undo
 from .world import FLAVOURS, LOST_AT_REBOOT
 
 REUSED = range(10)
 FULL = 6
 STATES = ("running", "running", "paused", "hibernated", "a state of tomorrow")
 HOURS = 3600.0
+# Longer than any list is old that is accepted.
+REVIVAL = 700.0
 
 
 def create(world):
@@ -94,8 +98,60 @@ def crash(world):
         if world.random.random() < 0.3:
             world.add(host, "zombie", vm)
         for thing in world.of(vm, host):
-            thing.runaway = thing.kind == "cgroup" and world.random.random() < 0.2
+            thing.runaway = _may_run_on(world, thing) and world.random.random() < 0.2
         world.story.tell("%s dies on %s and nobody cleans", vm, host)
+
+
+def revive(world):
+    """A VM that died is begun again with what is left of it. The control plane says so long before, in every list."""
+    alive = {vm.number for vm in world.vms if vm.alive}
+    left = sorted(
+        (thing.serial, host, thing.vm)
+        for host in world.hosts
+        for thing in [*host.things.values(), *host.aside.values()]
+        if not (thing.vm.is_followed or thing.vm.is_awaited) and thing.vm.number not in alive and thing.vm.realm == REALM
+    )
+    if not left:
+        return
+    # Rather one of which something was set aside.
+    aside = [one for one in left if one[0] in one[1].aside]
+    left = aside or left
+    _serial, host, vm = left[int(world.random.random() * len(left))]
+
+    def begin():
+        vm.is_awaited = False
+        if vm.is_followed or vm.alive:
+            vm.tell(world.now)
+            return
+        vm.alive, vm.host, vm.target, vm.revived = True, host, None, world.now
+        world.story.tell("%s lives again on %s, on what is left of it", vm, host)
+
+    vm.is_awaited = True
+    vm.tell(world.now, (host,), "restored")
+    world.story.tell("%s is to live again on %s, on what is left of it", vm, host)
+    world.later(REVIVAL, begin)
+
+
+def fill_a_place(world):
+    """A pool or a file system of a host gets full for some minutes."""
+    host, seconds = world.pick(world.hosts), 200 + 600 * world.random.random()
+    place = ("fs", "pool")[int(world.random.random() * 2)]
+    percent = 60 + 40 * world.random.random()
+    host.full[place] = percent
+
+    def end():
+        host.full[place] = 50.0
+
+    world.later(seconds, end)
+    world.story.tell("%s of %s is %d %% full", place, host, percent)
+
+
+def clean_aside(world):
+    """The platform removes by itself what was set aside."""
+    host = world.pick(world.hosts)
+    if host.aside:
+        serial = min(host.aside)
+        world.story.tell("the platform removes the %s, which was set aside", host.aside.pop(serial))
 
 
 def restore(world):
@@ -120,8 +176,10 @@ def reboot(world):
     for thing in list(host.things.values()):
         if thing.kind in LOST_AT_REBOOT:
             host.drop(thing)
-        thing.runaway = False
+        thing.runaway = thing.frozen = False
+    for thing in [*host.things.values(), *host.aside.values()]:
         thing.chances, thing.dead_since = 0, None
+        thing.aside_since = None if thing.aside_since is None else world.now
     host.half.clear()  # half removed thin ids of the model are found by their pool, which is made anew
     for vm in world.vms:
         if vm.lives_on(host):
@@ -219,7 +277,9 @@ def clone(world):
     if host.machine == other.machine:
         return  # its own old ledger would come back with it, and nobody can tell
     host.machine = other.machine
-    with_ledger = world.random.random() < 0.5 and other.called == other.known_as
+    # A ledger may remember nothing, so neither may be called by a wrong name.
+    are_themselves = all(one.called == one.known_as for one in (host, other))
+    with_ledger = world.random.random() < 0.5 and are_themselves
     if with_ledger:
         host.lose_the_ledger()
         host.ledger, host.bound, host.is_latched = other.ledger, other.bound, other.is_latched
@@ -287,6 +347,10 @@ def step_a_clock(world):
     world.story.tell("the wall clock of %s jumps by %+d s", name, seconds)
 
 
+def _may_run_on(world, thing):
+    return thing.kind == "cgroup" or world.terms.holds and thing.kind == "container"
+
+
 COMMON = (
     *[create] * 20, *[run] * 4, *[migrate] * 10, *[destroy] * 4, *[crash] * 5, *[lie] * 6, share_a_snapshot,
     share_a_snapshot, restore, pin, be_away, step_a_clock,
@@ -300,6 +364,8 @@ RARE = (
 # What makes a host another one; nobody does that to a host while it is swept.
 BETWEEN_RUNS = (rename, swap, change_the_machine, clone, join_from_staging)
 EVERY = (*dict.fromkeys(COMMON), *dict.fromkeys(RARE))
+# What else happens where things wait.
+OF_THE_LADDER = (*[undo] * 3, *[revive] * 2, fill_a_place, fill_a_place, clean_aside)
 
 
 def happen(world, early=False):
@@ -311,6 +377,8 @@ def happen(world, early=False):
         action = EVERY[int(world.terms.favourites[int(chance * 10)] * len(EVERY))]
     elif chance < 0.26:
         action = RARE[int(world.random.random() * len(RARE))]
+    elif world.terms.holds and chance < 0.4:
+        action = OF_THE_LADDER[int(world.random.random() * len(OF_THE_LADDER))]
     else:
         action = COMMON[int(world.random.random() * len(COMMON))]
     if not (world.is_swept and action in BETWEEN_RUNS):
@@ -325,7 +393,8 @@ def new_machine(host):
 
 def _unfollowed(host, used):
     """Return the VMs of which something is half removed on the host and whose id was not used again since."""
-    return [thing.vm for thing in host.half.values() if not (thing.vm.is_followed or thing.vm.number in used)]
+    out_of_sight = [*host.half.values(), *host.aside.values()]
+    return [thing.vm for thing in out_of_sight if not (thing.vm.is_followed or thing.vm.number in used)]
 
 
 def _some(world):
@@ -351,4 +420,4 @@ def _clean(world, vm, host, tidy):
         if tidy or world.random.random() < 0.3:
             host.drop(thing)
         else:
-            thing.runaway = thing.kind == "cgroup" and world.random.random() < 0.2
+            thing.runaway = _may_run_on(world, thing) and world.random.random() < 0.2

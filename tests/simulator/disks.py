@@ -39,14 +39,18 @@ class Disks:
         host.problem = None
         return host.ledger
 
+    def pin(self, host, vm_ids, until):
+        """Add VMs to the host's pin file."""
+        if self.world.now < host.full_until:
+            raise ledgers.LedgerError("cannot write the pins: No space left on device")
+        host.pins += ["%s until %s" % (vm_id, until) for vm_id in vm_ids]
+
 
 class _NoJournal:
     """A journal decides nothing."""
 
-    sweep = "s"
-
-    def __init__(self, *_arguments):
-        pass
+    def __init__(self, _host, _realm, sweep=None):
+        self.sweep = sweep
 
     def writing(self, _tell):
         return contextlib.nullcontext()
@@ -62,6 +66,7 @@ def disks_of(world, disks=Disks):
         "ledgers": disks(world),
         "journals": types.SimpleNamespace(Journal=_NoJournal),
         "time": types.SimpleNamespace(time=world.wall),
+        "boottime": lambda: world.now - world.acting.booted_at,
     }
     real = {name: getattr(acts, name) for name in instead if hasattr(acts, name)}
     for name in real:

@@ -10,18 +10,17 @@ import re
 
 from ansible_collections.microvm.reaper.plugins.plugin_utils import planner
 from ansible_collections.microvm.reaper.plugins.plugin_utils.facts import vm_ids
-from unit.builders import TRAITS
 
 from .control_plane import HONEST
 from .story import Violation
 from .sweeper import CALM, Hands, listed, listed_anywhere, share
-from .terms import CHANCES, LAG, REALM
+from .terms import CHANCES, LAG, PLACES, REALM, TRAITS
 
 
 def check(world, run, batch):
-    """Raise Violation when anything is not as it must be."""
-    if batch.reaped or batch.finished:
-        touched = batch.reaped + batch.finished
+    """Raise Violation when anything is not as it must be; return how many things did not wait to the end."""
+    touched, pressed = batch.touched(), 0
+    if touched:
         nothing_of_a_live_vm_is_reaped(batch)
         what_is_stopped_or_refused_reaps_nothing(batch, touched)
         no_proof_no_reap(batch, touched)
@@ -30,22 +29,29 @@ def check(world, run, batch):
         strangers_are_left_alone(batch, touched)
         who_cannot_remember_must_not_reap(world, touched)
         a_latch_holds(world, batch, touched)
-        strikes_and_hold_come_first(world, batch)
+        strikes_come_first(world, batch)
+        pressed = the_hold_comes_first(world, batch) if world.terms.holds else 0
         what_runs_is_ended_by_policy(world, batch)
+        what_is_listed_is_left_alone(batch, touched)
         host_caps_abort(batch, touched)
-        fleet_caps_hold(run, batch, touched)
+        fleet_caps_hold(run, batch)
+    if world.terms.holds:
+        nothing_aside_is_lost(batch)
     check_mode_changes_nothing(batch)
     refusals_have_a_cause(world, batch)
     orphans_go(world, batch)
+    return pressed
 
 
 def nothing_of_a_live_vm_is_reaped(batch):
-    """Neither a thing of a VM that lives there, nor one that it runs on."""
-    for host, thing in batch.reaped:
+    """Neither a thing of a VM that lives there, nor one that it runs on, is removed, ended, frozen or set aside. What is
+    left aside of a VM that lives there again stays too.
+    """
+    for host, thing in batch.touched():
         if thing.vm.lives_on(host):
             _violated("live", "the %s was reaped on %s, where the VM lives", thing, host)
         for user in thing.used_by:
-            if user.vm.lives_on(host) and user in host.things.values():
+            if (user.vm is thing.vm or user.vm.lives_on(host)) and user in host.things.values():
                 _violated("live", "the %s was reaped on %s, while the %s runs on it", thing, host, user)
 
 
@@ -120,16 +126,60 @@ def _came_back(world, batch, host):
     return sorted(batch.before[host].gone & listed_anywhere(batch))
 
 
-def strikes_and_hold_come_first(world, batch):
-    """What goes was seen dead before, as often as the policy asks, so far apart, and for so long."""
+def what_is_listed_is_left_alone(batch, touched):
+    """Whatever the list has on a host keeps all that has its id there."""
+    for host in {host for host, _thing in touched}:
+        live = listed(batch, host)
+        for where, thing in touched:
+            if where is host and thing.vm.vm_id in live:
+                _violated("listed", "the %s was reaped on %s, where the VM is listed", thing, host)
+
+
+def strikes_come_first(world, batch):
+    """What goes was seen dead before, as often as the policy asks, and so far apart."""
     terms = world.terms
-    for host, thing in batch.reaped:
+    for host, thing in batch.reaped + batch.aside:
         now = batch.times[host]
         strikes = thing.strikes + (now - thing.last_strike >= terms.policy["strike_interval"])
         if strikes < terms.asked("strikes", thing.evidence):
             _violated("strikes", "the %s was reaped on %s after %d sweeps that could strike it", thing, host, strikes)
-        if now - (now if thing.first_strike is None else thing.first_strike) < terms.asked("hold", thing.evidence):
+
+
+def the_hold_comes_first(world, batch):
+    """What cannot be taken back is done when it has been aside for as long as the policy asks. Where it is full, the
+    older half does not wait. Return how many did not.
+    """
+    early = []
+    ended = [(host, thing) for host, thing, _evidence in batch.stopped_things]
+    for host, thing in batch.reaped + batch.from_aside + ended:
+        hold = world.terms.hold(thing.kind, thing.vm.vm_id in batch.lists["tombstones"])
+        since = batch.before[host].aside.get(thing)
+        if hold and since is None:
+            _violated("hold", "the %s was reaped on %s without having been aside", thing, host)
+        if hold and batch.times[host] - since < hold:
+            early.append((host, thing))
+    for host, thing in early:
+        before, place = batch.before[host], PLACES.get(thing.kind)
+        if place is None or before.full[place] < world.terms.policy["pressure"]:
             _violated("hold", "the %s was reaped on %s before its time", thing, host)
+        there = [since for one, since in before.aside.items() if one.kind == thing.kind]
+        older = sum(since < before.aside[thing] for since in there)
+        together = sum(where is host and one.kind == thing.kind for where, one in early)
+        if max(together, older + 1) > (len(there) + 1) // 2:
+            _violated("pressure", "the %s was reaped on %s before its time, and is not of the older half", thing, host)
+    return len(early)
+
+
+def nothing_aside_is_lost(batch):
+    """Whatever is aside or frozen is known, as long as no ledger was lost."""
+    for host in batch.names:
+        out = [thing for thing in host.aside.values() if not thing.forgotten]
+        out += [thing for thing in host.things.values() if thing.frozen and not thing.forgotten]
+        ledger = host.ledger
+        known = {(one["kind"], one["identity"]) for one in ledger["aside"] + ledger["intents"]} if out else ()
+        for thing in out:
+            if (thing.kind, thing.identity) not in known:
+                _violated("lost", "the %s on %s was set aside, and nobody knows that any more", thing, host)
 
 
 def what_runs_is_ended_by_policy(world, batch):
@@ -143,22 +193,25 @@ def what_runs_is_ended_by_policy(world, batch):
 def host_caps_abort(batch, touched):
     """A plan that takes more VMs than the cap takes nothing, not the first few."""
     for host, plan in batch.plans.items():
+        waited = {(one.kind, one.name) for one in batch.before[host].aside}
         going = {
             vm_id
             for vm_id, family in plan["families"].items()
-            if any(member["verdict"] == "confirmed" for member in family["resources"])
+            for member in family["resources"]
+            if member["verdict"] == "confirmed" and (member["kind"], member["name"]) not in waited
         }
         if len(going) > batch.policies[host]["max_per_host"] and any(where is host for where, _thing in touched):
             _violated("host cap", "%d VMs were to go on %s, more than the cap, and some went", len(going), host)
 
 
-def fleet_caps_hold(run, batch, touched):
-    """All batches of a run together never take more than the caps of the fleet."""
-    run.reaped.update((host, thing.vm.vm_id) for host, thing in touched)
+def fleet_caps_hold(run, batch):
+    """All batches of a run together never take more than the caps of the fleet. What was aside was counted then."""
+    begun = [(host, one) for host, one in batch.reaped + batch.aside if one not in batch.before[host].aside]
+    run.reaped.update((host, thing.vm.vm_id) for host, thing in begun + batch.finished)
     going, live = len(run.reaped), batch.lists["count"]
     if going > batch.caps["max_per_fleet"]:
         _violated("fleet cap", "this run reaped %d VMs; max_per_fleet is %d", going, batch.caps["max_per_fleet"])
-    percent = 100 * going / (live + going)
+    percent = 100 * going / (live + going) if going else 0
     if going > batch.caps["percent_floor"] and percent > batch.caps["max_percent"]:
         _violated("fleet cap", "this run reaped %d VMs, %d %%; max_percent is %d", going, percent, batch.caps[
             "max_percent"
@@ -168,8 +221,8 @@ def fleet_caps_hold(run, batch, touched):
 def check_mode_changes_nothing(batch):
     """Check mode removes nothing, and the ledgers are the same."""
     if batch.check_mode:
-        if batch.reaped or batch.finished:
-            _violated("check mode", "check mode reaped the %s", (batch.reaped + batch.finished)[0][1])
+        if batch.touched():
+            _violated("check mode", "check mode reaped the %s", batch.touched()[0][1])
         for host in batch.plans:
             if host in batch.carried_out and host.ledger is not batch.before[host].ledger:
                 _violated("check mode", "check mode wrote the ledger of %s", host)
@@ -184,8 +237,13 @@ CAUSES = {
     "blind": lambda batch, host, before: batch.lists["count"] == 0,
     "epoch_went_back": lambda batch, host, before: batch.mood in ("stale copy", "export"),
     "shrunk": lambda batch, host, before: _is_less(batch.lists, before.ledger["manifest"]),
-    "host_cap": lambda batch, host, before: True,
+    "host_cap": lambda batch, host, before: _are_too_many(before.candidates, batch.policies[host]),
 }
+
+
+def _are_too_many(candidates, policy):
+    """Tell whether so many VMs of which nothing is aside yet could be too many at once."""
+    return candidates > min(policy["max_per_host"], policy["percent_floor"])
 
 
 def _is_less(lists, remembered):
@@ -235,21 +293,26 @@ def orphans_go(world, batch):
         return
     terms = world.terms
     behind = max(source.behind for source in terms.sources)
-    patience = terms.hold() + terms.policy["min_age"] + behind + LAG + terms.skew()
+    patience = terms.longest_hold() + terms.policy["min_age"] + behind + LAG + terms.skew()
     alive = {vm.vm_id for vm in world.vms if vm.alive}
     for host, plan in batch.plans.items():
         if plan["refused"] or host in batch.refused:
             continue
-        protected = alive | listed(batch, host) if host.things or host.half else ()
+        everything = host.everything()
+        protected = alive | listed(batch, host) if everything else ()
         could, now = _could_reap(world, batch, host), batch.times[host]
-        for thing in [*host.things.values(), *host.half.values()]:
+        if terms.holds and host in batch.killed:
+            could = False
+            for thing in everything:
+                thing.chances, thing.dead_since = 0, None  # some begin to wait anew
+        for thing in everything:
             if thing.vm.vm_id in protected or _has_to_wait(world, batch, host, thing):
                 thing.chances, thing.dead_since = 0, None
             elif could and now - thing.last_chance >= terms.policy["strike_interval"]:
                 thing.chances += 1
                 thing.last_chance = now
                 thing.dead_since = thing.dead_since or now
-                if thing.chances > terms.strikes() + CHANCES and now - thing.dead_since > patience:
+                if thing.chances > terms.strikes() + CHANCES + 2 * terms.holds and now - thing.dead_since > patience:
                     _violated(
                         "orphans", "the %s on %s is an orphan and was not reaped in %d sweeps", thing, host,
                         thing.chances,
@@ -264,6 +327,7 @@ def _could_reap(world, batch, host):
         and not batch.unavailable[host]
         and host not in batch.killed
         and host not in batch.failed
+        and not batch.busy[host]
         and (host in batch.carried_out or not (plan["reap"] or plan["ledger_changed"]))
     )
 
@@ -280,8 +344,21 @@ def _has_to_wait(world, batch, host, thing):
         or thing.kind == "zombie" and policy["zombies"] == "report"
         or any(fnmatch.fnmatchcase(vm_id, line.split()[0]) for line in batch.before[host].pins)
         or any(user in host.things.values() for user in thing.used_by)
-        or thing.identity in host.half and (thing.kind, thing.name) in host.things
+        or (thing.serial in host.half or thing.serial in host.aside) and _waits_for_others(world, host, thing)
         or vm_id in batch.spared.get(host, ())
+    )
+
+
+def _waits_for_others(world, host, thing):
+    """Tell whether what is out of sight waits for what has its name, or for others of its VM that are not due yet."""
+    out_of_sight = [*host.half.values(), *host.aside.values()]
+    return (
+        (thing.kind, thing.name) in host.things
+        or any(one is not thing and (one.kind, one.name) == (thing.kind, thing.name) for one in out_of_sight)
+        or any(
+            one.vm.vm_id == thing.vm.vm_id and one.chances <= world.terms.strikes() + CHANCES
+            for one in host.things.values()
+        )
     )
 
 

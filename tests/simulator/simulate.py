@@ -86,6 +86,7 @@ def live_through(seed, counts, *, left_out=frozenset(), gaps=(), story=None, dis
     finally:
         gc.enable()
         counts["sweeps"] = before + sweeper.sweeps
+        counts["restored"] += world.restored
 
 
 def _as_violation(err):
@@ -132,13 +133,15 @@ def _step(world, sweeper, step, has):
 def _watch(world, run, batch, counts):
     counts["reaped"] += len(batch.reaped)
     counts["finished"] += len(batch.finished)
+    counts["set_aside"] += len(batch.aside)
+    counts["from_aside"] += len(batch.from_aside)
     counts["killed"] += len(batch.killed)
     counts["spared"] += len(batch.spared)
     if batch.stopped:
         counts[batch.stopped["code"]] += 1
     for refusal in batch.refused.values():
         counts[refusal["code"]] += 1
-    invariants.check(world, run, batch)
+    counts["pressed"] += invariants.check(world, run, batch)
 
 
 def told(failure, gaps=()):

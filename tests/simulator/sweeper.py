@@ -11,11 +11,11 @@ from ansible_collections.microvm.reaper.plugins.module_utils import resource as 
 from ansible_collections.microvm.reaper.plugins.module_utils.ledger import LedgerError
 from ansible_collections.microvm.reaper.plugins.plugin_utils import brake, manifest, planner
 from ansible_collections.microvm.reaper.plugins.plugin_utils.facts import vm_ids
-from unit.builders import TRAITS
 
 from . import actions, person
 from .control_plane import HONEST
-from .terms import BEYOND, MAX_AGE, REALM
+from .hands import Hands, Killed
+from .terms import BEYOND, MAX_AGE, REALM, TRAITS
 
 CAPS_LIFTED = {"max_per_fleet": BEYOND, "max_percent": 100, "percent_floor": 2}
 UNDETECTABLE = ("glitch", "bare")
@@ -42,10 +42,6 @@ def policies_are_completed_once():
         planner.complete_policy = real
 
 
-class Killed(BaseException):
-    """The reaper of a host ends at once, in the middle of an act."""
-
-
 class Batch:
     """What one batch of a run did, for the invariants to look at. ``names`` of its hosts and ``keep`` are the
     inventory's, as the run read them when it began."""
@@ -58,10 +54,16 @@ class Batch:
         self.once_more, self.spared = [], {}
         self.plans, self.policies = {}, {}
         self.stopped, self.refused = None, {}
+        # ``finished`` was half removed, ``aside`` was set aside now, ``from_aside`` earlier, and was removed now.
         self.reaped, self.finished, self.stopped_things = [], [], []
+        self.aside, self.from_aside, self.restored = [], [], []
         self.times = {}
         self.carried_out, self.killed, self.failed = set(), set(), set()
-        self.before = {}
+        self.before, self.busy = {}, {}
+
+    def touched(self):
+        """Return ``[(host, thing)]`` of all that something was done to."""
+        return self.reaped + self.finished + self.aside + self.from_aside
 
 
 class Before:
@@ -71,6 +73,12 @@ class Before:
         self.ledger, self.bound, self.is_latched, self.gone = host.ledger, host.bound, host.is_latched, host.gone
         self.machine, self.pins = host.machine, [*keep, *host.pins]
         self.is_strange = bool(host.other_realms) and host.bound is None
+        # Since when things wait, and how full it was where they lie.
+        self.aside = {one: one.aside_since for one in host.everything() if one.aside_since is not None}
+        self.full = dict(host.full)
+        # Of how many VMs something could begin to go.
+        begun = {token["vm_id"] for token in host.ledger["intents"] if "since" not in token}
+        self.candidates = len(begun | {one.vm.vm_id for one in host.everything() if one.aside_since is None})
 
 
 class Run:
@@ -89,6 +97,7 @@ class Weather:
         self.unavailable = []
         if 0.02 < trouble < 0.1:
             self.unavailable = sorted({kinds[place % 6], kinds[max(0, place // 10 - 2)]})
+        self.busy = kinds[place // 10] if 0.1 < trouble < 0.13 else None
         # Whether, and at which act, the reaper is killed.
         self.killed_at = int(which * 4) if is_killed else None
         self.is_half_done = which * 4 % 1 < 0.8
@@ -149,6 +158,7 @@ class Sweeper:
             kinds = batch.unavailable[host] = weather[host].unavailable
             if kinds:
                 world.story.tell("%s: cannot read %s", host, ", ".join(kinds))
+            batch.busy[host] = weather[host].busy
             facts[host] = self._facts(host, kinds)
             batch.times[host] = world.now
             batch.before[host] = Before(host, batch.keep)
@@ -241,9 +251,9 @@ class Sweeper:
 
     def apply(self, host, plan, batch, hands):
         """Have acts.apply() carry out the plan, and keep account of what the host has to know by then."""
-        before = host.ledger
+        before, self.world.acting = host.ledger, host
         try:
-            acts.apply(plan, hands, host, REALM)
+            acts.apply(plan, hands, host, REALM, sweep="s%d" % batch.fetched)
         except Killed:
             batch.killed.add(host)
         except LedgerError as err:
@@ -257,6 +267,8 @@ class Sweeper:
             host.is_latched = False
         live = listed(batch, host)
         self._strike(host, live, batch.times[host])
+        if self.world.terms.holds:
+            _wait(host, batch.times[host])
         host.gone = host.gone - listed_anywhere(batch)
         # Nobody knows how far a reaper came that was killed: it counts as if all had been removed.
         killed = plan["reap"] if host in batch.killed else ()
@@ -314,80 +326,17 @@ class Sweeper:
             story.tell("%s: %s", host, "refused (%(code)s): %(message)s" % refusal if refusal else _decided(plan))
 
 
-class Hands:
-    """What acts.Hands does, on things of the model. ``gone``: ids that the ledger has to remember as reaped."""
-
-    def __init__(self, host, batch, weather, world):
-        self.host, self.batch, self.weather, self.world = host, batch, weather, world
-        self.kinds = dict.fromkeys(TRAITS)
-        # Of acts.Hands.host only this is asked.
-        self.host.boot_id = "boot-%d" % host.boot
-        self.acts, self.gone = 0, set()
-
-    def prepare(self, tokens):
-        """Add nothing to the tokens."""
-        return tokens
-
-    def do(self, act, token):
-        """Look at a thing, end what runs in it, or remove it; sometimes be killed before or half way through."""
-        thing = self.host.things.get((token["kind"], token["name"]))
-        if act == "remove":
-            self._survive(token, thing)
-        if token.get("resume"):
-            return self._finish(token) if act == "remove" else None
-        if thing is None:
-            return r.outcome(token, r.ALREADY_GONE)
-        if thing.identity != token["identity"]:
-            return r.outcome(token, r.IDENTITY_CHANGED)
-        if act == "stop":
-            return self._stop(thing, token)
-        if self.host.in_use(thing):
-            return r.outcome(token, r.DEFERRED)
-        if act == "inspect":
-            return None
-        self._remove(thing, token)
-        return r.outcome(token, r.REAPED)
-
-    def _stop(self, thing, token):
-        """End what runs in it; of a VM that lives this is as bad as removing it."""
-        self.batch.stopped_things.append((self.host, thing, token["evidence"]))
-        if thing.vm.lives_on(self.host):
-            self.batch.reaped.append((self.host, thing))
-        thing.runaway = False
-
-    def _remove(self, thing, token):
-        self.host.drop(thing)
-        thing.evidence = token["evidence"]
-        self.batch.reaped.append((self.host, thing))
-        # What lives elsewhere may come back; a VM that the list does not have, or calls destroyed, may not.
-        if not any(vm["vm_id"] == token["vm_id"] for document in self.batch.documents for vm in document["vms"]):
-            self.gone.add(token["vm_id"])
-        self.world.story.tell("%s: the %s is removed", self.host, thing)
-
-    def _finish(self, token):
-        thing = self.host.half.pop(token["identity"], None)
-        if thing is None:
-            return r.outcome(token, r.ALREADY_GONE)
-        self.batch.finished.append((self.host, thing))
-        self.world.story.tell("%s: the %s was half removed, and goes now", self.host, thing)
-        if token.get("evidence") != r.ELSEWHERE:
-            self.gone.add(token["vm_id"])
-        return r.outcome(token, r.REAPED)
-
-    def _survive(self, token, thing):
-        self.acts += 1
-        if self.weather.killed_at is None:
-            return
-        # Mostly just where something can be half done.
-        here = token["kind"] == "dm_thin" if self.weather.killed_at else self.acts > 1
-        if not here:
-            return
-        can_be_half = thing and thing.kind == "dm_thin" and thing.identity == token["identity"]
-        if can_be_half and self.weather.is_half_done and not self.host.in_use(thing):
-            self._remove(thing, token)
-            self.host.half[thing.identity] = thing
-        self.world.story.tell("%s: the reaper is killed at the %s %s", self.host, token["kind"], token["name"])
-        raise Killed
+def _wait(host, when):
+    """Note since when things in their place wait, of which the ledger says so now."""
+    ledger = host.ledger
+    waiting = {(one["kind"], one["identity"]) for one in ledger["aside"]}
+    begun = {(one["kind"], one["identity"]) for one in ledger["intents"]}
+    for thing in host.things.values():
+        key = thing.kind, thing.identity
+        if key in waiting:
+            thing.aside_since = when if thing.aside_since is None else thing.aside_since
+        elif key not in begun:
+            thing.aside_since = None
 
 
 def fetch(answers, wall):

@@ -8,6 +8,10 @@ import dataclasses
 import random
 
 from ansible_collections.microvm.reaper.plugins.plugin_utils import planner
+from unit import builders
+
+# What nobody names belongs to no VM of the model.
+TRAITS = {kind: traits for kind, traits in builders.TRAITS.items() if kind != "thin_id"}
 
 REALM = "prod"
 # What the reaper relies on: a VM is on the list this many seconds after the first of its things at the latest, and the
@@ -19,6 +23,19 @@ MAX_AGE = 600.0
 # wait for something else of the sweep (what holds it, what runs in it).
 CHANCES = 2
 BEYOND = 1000
+# Holds of which some are longer than others, for some kinds, on some evidence; a third of the worlds have one of them.
+HOLDS = (
+    100,
+    250,
+    {"jail": 200, "dm_thin": 200, "snapshot": 200},
+    {"jail": 100, "dm_thin": 300},
+    {"absent": 300},
+    {"tombstoned": 120, "absent": 30},
+    {"jail": {"absent": 300, "tombstoned": 60}, "dm_thin": 200, "snapshot": {"absent": 150}, "container": 90},
+    {"absent": 90, "cgroup": 200, "container": {"tombstoned": 150}, "snapshot": 250},
+)
+# Where things of a kind lie, which may get full.
+PLACES = {"jail": "fs", "dm_thin": "pool"}
 # Holes that are known and not closed yet (README.md). A world keeps out of them unless it is told to look there.
 GAPS = ("skew",)
 
@@ -68,9 +85,21 @@ class Terms:
         """Return how many strikes the most careful grade of evidence asks for."""
         return _most(self.policy["strikes"])
 
-    def hold(self):
-        """Return how long the most careful grade of evidence waits."""
-        return _most(self.policy.get("hold", 0))
+    @property
+    def holds(self):
+        """Tell whether anything waits in this world."""
+        return bool(self.policy["hold"])
+
+    def longest_hold(self):
+        """Return how long the most careful of all waits."""
+        return _most(self.policy["hold"])
+
+    def hold(self, kind, is_tombstoned):
+        """Return how long a thing of the kind waits, on this evidence."""
+        hold, grade = self.policy["hold"], "tombstoned" if is_tombstoned else "absent"
+        if isinstance(hold, dict) and kind in hold:
+            hold = hold[kind]
+        return hold.get(grade, 0) if isinstance(hold, dict) else hold
 
     def skew(self):
         """Return by how many seconds two clocks may differ without being noticed."""
@@ -112,11 +141,13 @@ def terms(seed, gaps=()):
         "max_percent_per_host": chance.choice((60, 100)),
         "percent_floor": 2,
     }
-    by_grade = chance.random()
-    chance.choice((1, 2, 3, 4))
-    policy["hold"] = 0
-    if by_grade > 0.8:
+    if chance.random() > 0.8:
         policy["strikes"] = {"tombstoned": 2, "absent": 3}
+    # Of its own, so that a world without holds is what it was before there were any.
+    chance.choice((1, 2, 3, 4))
+    ladder = random.Random("ladder %d" % seed)
+    policy["hold"] = ladder.choice(HOLDS) if ladder.random() < 1 / 3 else 0
+    policy["pressure"] = ladder.choice((90, 75, 40))
     waves = chance.random() < 0.2
     return Terms(
         seed=seed,
@@ -154,4 +185,4 @@ def _sources(chance):
 
 
 def _most(value):
-    return max(value.values()) if isinstance(value, dict) else value
+    return max(map(_most, value.values())) if isinstance(value, dict) else value

@@ -13,7 +13,7 @@ import random
 from ansible_collections.microvm.reaper.plugins.module_utils import ledger as ledgers
 from ansible_collections.microvm.reaper.plugins.module_utils import resource as r
 
-from .terms import LAG, REALM
+from .terms import LAG, PLACES, REALM
 
 # A day ends an hour and a half after the world began, and pins that last until then with it.
 DAY = 1_800_057_600.0
@@ -27,11 +27,15 @@ RUNS = ("cgroup", "container", "dm_thin")
 
 
 class Thing:
-    """One thing of one VM on one host. ``runaway``: something runs in it although its VM is gone."""
+    """One thing of one VM on one host. ``runaway``: something runs in it although its VM is gone.
+
+    ``serial`` is the thing itself, which keeps it where its identity changes. ``stays``: it cannot be set aside.
+    ``aside_since``: since when it truly is set aside, or waits; ``forgotten``: the ledger that knew it was lost then.
+    """
 
     def __init__(self, kind, vm, serial, born, boot):
         self.kind, self.vm, self.born = kind, vm, born
-        self.name = "%s.%s" % (vm.vm_id, kind)
+        self.name, self.serial = "%s.%s" % (vm.vm_id, kind), serial
         self.number = vm.number * 8 + KINDS.index(kind)
         self.identity = "%d %d" % (boot, serial) if kind in LOST_AT_REBOOT else "%d" % serial
         self.runaway = False
@@ -40,6 +44,13 @@ class Thing:
         # The sweeps that could strike it, which are no fewer than its strikes, and on which evidence it was removed.
         self.evidence = None
         self.strikes, self.first_strike, self.last_strike = 0, None, -1e9
+        self.stays, self.frozen = serial % 9 == 0, False
+        self.aside_since, self.forgotten = None, False
+        self.details = {"serial": serial, "place": PLACES[kind]} if kind in PLACES else {}
+
+    def name_aside(self):
+        """Return what a jail is called where it was set aside."""
+        return "aside/%d/%s" % (self.serial, self.name)
 
     def __repr__(self):
         return "%s of %s" % (self.kind, self.vm)
@@ -53,6 +64,8 @@ class Vm:
         self.vm_id = "v%02d" % number
         self.alive, self.running, self.is_followed = True, False, False
         self.target, self.left = None, []
+        # Whether it will live again, and when it last began to.
+        self.is_awaited, self.revived = False, 0.0
         self.records = []
 
     def __repr__(self):
@@ -75,7 +88,7 @@ class Vm:
 
 
 class Host:
-    """One host with its things, its half removed thin ids, and its ledger.
+    """One host with its things, what was set aside of them out of sight, its half removed thin ids, and its ledger.
 
     ``called`` is its name in the sweep's inventory, ``known_as`` that in the control plane's lists. What follows
     ``ledger`` is what the ledger should know, kept apart from it to check it: ``bound`` name and machine, ``gone`` the
@@ -87,7 +100,8 @@ class Host:
         self.called = self.known_as = self.name
         self.machine, self.machines = "m%d" % number, 1
         self.boot, self.booted_at, self.skew = 1, now - 1000.0, 0.0
-        self.things, self.half = {}, {}
+        self.things, self.half, self.aside = {}, {}, {}
+        self.full = dict.fromkeys(PLACES.values(), 50.0)
         self.lacks = ()
         self.away_until = self.full_until = 0.0
         self.other_realms, self.pins = [], []
@@ -103,8 +117,10 @@ class Host:
         self.ledger, self.problem = ledgers.empty(REALM), problem
         self.bound, self.gone, self.is_latched = None, set(), False
         self.half.clear()
-        for thing in self.things.values():
+        for thing in [*self.things.values(), *self.aside.values()]:
             thing.chances, thing.dead_since = 0, None
+            thing.aside_since, thing.forgotten = None, thing.frozen or thing.kind == "jail"
+        self.aside = {serial: thing for serial, thing in self.aside.items() if thing.kind == "jail"}
 
     def facts(self, now, unavailable):
         """Return what gather would read."""
@@ -119,6 +135,13 @@ class Host:
         for thing in self.things.values():
             if thing.kind not in unavailable:
                 kinds[thing.kind]["resources"].append(self._resource(thing, now, unavailable))
+        for thing in self.aside.values():
+            if thing.kind == "jail" and "jail" not in unavailable:
+                found = dict(self._resource(thing, now, ()), name=thing.name_aside())
+                kinds["jail"]["resources"].append(dict(found, details=dict(thing.details, aside=True)))
+        for kind, place in PLACES.items():
+            if kind not in unavailable:
+                kinds[kind]["places"] = {place: self.full[place]}
         return {
             "realm": REALM,
             "boot_id": "boot-%d" % self.boot,
@@ -146,16 +169,21 @@ class Host:
             "age_seconds": None if thing.kind in AGELESS else now - thing.born,
             "bytes": None,
             "parent": None,
-            "details": {},
+            "details": thing.details,
         }
 
     def in_use(self, thing):
         """Tell whether something runs in it."""
         return thing.runaway or thing.kind in RUNS and thing.vm.running and thing.vm.lives_on(self)
 
+    def everything(self):
+        """Return all there is on the host: in its place, half removed, or aside."""
+        return [*self.things.values(), *self.half.values(), *self.aside.values()]
+
     def has_heard_of(self, vm):
         """Tell whether the host has heard the truth since all that the VM has on it must have been listed."""
-        return all(thing.born + LAG < self.heard_the_truth for thing in self.things.values() if thing.vm is vm)
+        known = vm.revived + LAG < self.heard_the_truth
+        return known and all(thing.born + LAG < self.heard_the_truth for thing in self.things.values() if thing.vm is vm)
 
     def drop(self, thing):
         """Take a thing away, and what it used with it from its list of users."""
@@ -163,6 +191,25 @@ class Host:
         for other in self.things.values():
             if thing in other.used_by:
                 other.used_by.remove(thing)
+
+    def put_aside(self, thing):
+        """Take a thing out of sight, as it is."""
+        self.drop(thing)
+        self.aside[thing.serial] = thing
+
+    def put_back(self, thing, new_identity):
+        """Put what was set aside where it was. What is activated anew is another device."""
+        del self.aside[thing.serial]
+        if thing.kind in LOST_AT_REBOOT:
+            thing.identity = "%d %d" % (self.boot, new_identity)
+        self.things[thing.kind, thing.name] = thing
+
+    def find(self, kind, name):
+        """Return what is called so, in its place or aside, or None."""
+        found = self.things.get((kind, name))
+        if found is None and name.startswith("aside/"):
+            found = self.aside.get(int(name.split("/")[1]))
+        return found
 
 
 class World:
@@ -178,7 +225,8 @@ class World:
         self.keep = []
         self.mood, self.mood_until = "honest", 0.0
         self.refusals = {}
-        self.is_swept = False
+        self.restored = 0
+        self.is_swept, self.acting = False, None
         self._serial = 0
         self._later = []
         story.now = lambda: self.now - START
@@ -223,10 +271,14 @@ class World:
         old = host.things.get((kind, "%s.%s" % (vm.vm_id, kind)))
         if old is not None:
             host.drop(old)
-        self._serial += 1
-        thing = Thing(kind, vm, self._serial, self.now, host.boot)
+        thing = Thing(kind, vm, self.serial(), self.now, host.boot)
         host.things[thing.kind, thing.name] = thing
         return thing
+
+    def serial(self):
+        """Return a number that nothing else has."""
+        self._serial += 1
+        return self._serial
 
     def begin(self, number, host, flavour, realm=REALM):
         """Return a new life of the VM with this number, with its things on the host."""
@@ -249,7 +301,7 @@ class World:
 
     def forget_the_long_dead(self):
         """Drop VMs that nothing speaks of any more, so that the world stays small."""
-        named = {id(thing.vm) for host in self.hosts for thing in [*host.things.values(), *host.half.values()]}
+        named = {id(thing.vm) for host in self.hosts for thing in host.everything()}
         self.vms = [
             vm for vm in self.vms if vm.alive or id(vm) in named or self.now - vm.records[-1][0] < 1500
         ]

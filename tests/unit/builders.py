@@ -11,15 +11,23 @@ from ansible_collections.microvm.reaper.plugins.plugin_utils import manifest, pl
 REALM, HOST, MACHINE, BOOT = "prod", "h1", "m1", "boot-1"
 # The traits of the real kinds (test_planner.py compares them), as data: no test of a decision needs the kinds.
 TRAITS = {
-    "container": {"order": 0, "stops": True, "depends_on": [], "resumes": False, "aside": "running"},
-    "snapshot": {"order": 1, "stops": False, "depends_on": ["container"], "resumes": False, "aside": None},
-    "jail": {"order": 2, "stops": False, "depends_on": ["cgroup"], "resumes": False, "aside": "always"},
+    "container": {
+        "order": 0,
+        "stops": True,
+        "depends_on": [],
+        "resumes": False,
+        "aside": "running",
+        "takes": ["snapshot"],
+    },
+    "snapshot": {"order": 1, "stops": False, "depends_on": ["container"], "resumes": False, "aside": None, "takes": []},
+    "jail": {"order": 2, "stops": False, "depends_on": ["cgroup"], "resumes": False, "aside": "always", "takes": []},
     "dm_thin": {
         "order": 3,
         "stops": False,
         "depends_on": ["cgroup", "container", "snapshot"],
         "resumes": True,
         "aside": "always",
+        "takes": [],
     },
     "thin_id": {
         "order": 4,
@@ -27,9 +35,10 @@ TRAITS = {
         "depends_on": ["container", "snapshot", "dm_thin"],
         "resumes": False,
         "aside": None,
+        "takes": [],
     },
-    "cgroup": {"order": 5, "stops": True, "depends_on": [], "resumes": False, "aside": "running"},
-    "zombie": {"order": 6, "stops": False, "depends_on": [], "resumes": False, "aside": None},
+    "cgroup": {"order": 5, "stops": True, "depends_on": [], "resumes": False, "aside": "running", "takes": []},
+    "zombie": {"order": 6, "stops": False, "depends_on": [], "resumes": False, "aside": None, "takes": []},
 }
 
 

@@ -273,9 +273,8 @@ class World:
 
     def leases_list(self, _ask):
         expiry = containerd.GC_EXPIRE
-        return [
-            {"leases": [{"id": one, "labels": {expiry: self.expiry[one]} if one in self.expiry else {}} for one in self.leases]}
-        ]
+        labels = {one: {expiry: until} for one, until in self.expiry.items()}
+        return [{"leases": [{"id": one, "labels": labels.get(one, {})} for one in self.leases]}]
 
     def leases_create(self, ask):
         assert ask["id"] and containerd.GC_EXPIRE in ask["labels"]
@@ -614,6 +613,18 @@ def test_mount_points(monkeypatch):
     assert snapshot.mount_points(set(), set()) == []
 
 
+def test_a_process_that_ends_while_we_look_does_not_hide_those_of_its_namespace(monkeypatch):
+    def text(pid="self"):
+        if pid == 2:
+            raise FileNotFoundError(pid)
+        return THERE if pid == 3 else HERE
+
+    monkeypatch.setattr(snapshot.mounts, "text", text)
+    monkeypatch.setattr(snapshot.processes, "pids", lambda: [1, 2, 3])
+    monkeypatch.setattr(snapshot.os, "readlink", lambda path: "mnt:" + ("2" if "/2/" in path or "/3/" in path else "1"))
+    assert snapshot.mount_points({"/s/2"}, set()) == ["/data"]
+
+
 def test_what_is_mounted_in_a_snapshot_holds_it(monkeypatch):
     """Whoever removes the directory removes what is in it."""
     inside = HERE + "93 20 0:60 / /s/5/fs/mnt rw - tmpfs tmpfs rw\n"
@@ -664,8 +675,7 @@ def open_socket(world):
 def test_the_same_key_in_another_namespace_is_another_snapshot(world):
     rules = [dict(world.place, name="(?P<vm_id>s)")]
     world.add_snapshot("s")
-    created = {"seconds": 1, "nanos": 1}
-    world.strangers = [{"id": "x", "labels": {}, "snapshotter": "overlayfs", "snapshot_key": "s", "created_at": created}]
+    world.strangers = [{"id": "x", "labels": {}, "snapshotter": "overlayfs", "snapshot_key": "s"}]
     one = token(world, snapshot, rules, "vms/overlayfs/s")
     assert result(snapshot.remove(one, rules, Host())) == ("reaped", [])
 

@@ -286,3 +286,28 @@ def test_what_proves_that_a_thin_id_is_the_same_volume(before, now, same):
 def test_half_a_dump_is_no_dump():
     with pytest.raises(probe.ProbeError, match="whole superblock"):
         thin_pool.parse_dump('<superblock uuid="" time="1" transaction="0" version="2">\n')
+
+
+DEVICE = '<device dev_id="1" mapped_blocks="%d" transaction="1" creation_time="0" snap_time="0">\n</device>\n'
+DUMP = '<superblock uuid="" time="1" transaction="2" version="2">\n' + DEVICE + "</superblock>\n"
+
+
+@pytest.mark.parametrize(
+    ("dump", "said"),
+    [
+        pytest.param(DUMP % 1 + DUMP % 2, "whole superblock", id="twice"),
+        pytest.param((DUMP % 1).rstrip() + DEVICE % 2, "whole superblock", id="after the end"),
+        pytest.param((DUMP % 1).replace("</superblock>", DEVICE % 2 + "</superblock>"), "two devices 1", id="in one"),
+    ],
+)
+def test_a_dump_that_says_two_things_of_one_volume_is_no_dump(dump, said):
+    assert thin_pool.parse_dump(DUMP % 5)[1]["device"] == [1, 0, 0, 5]
+    with pytest.raises(probe.ProbeError, match=said):
+        thin_pool.parse_dump(dump)
+
+
+@pytest.mark.parametrize(
+    "used", ["a/b", "1/2/3", "-1/5", "\u0661/5", "/", pytest.param("9" * 5000 + "/1", id="5000 digits")]
+)
+def test_a_status_that_makes_no_sense_is_trouble(used):
+    assert thin_pool.parse_health(32768, ["0", "420/4096", used, "-", "rw"]).trouble

@@ -435,6 +435,19 @@ def test_nothing_that_goes_wrong_with_evidence_stops_a_reap(state, monkeypatch, 
     assert "Cannot allocate memory" in result["failed"][0] and result["written"] == 0
 
 
+def test_what_goes_wrong_with_one_vm_is_its_own(state, monkeypatch):
+    packed = evidence.packed
+
+    def fail(metadata, sections):
+        return packed(metadata, sections) if metadata["vm_id"] == "v2" else {}["x"]
+
+    monkeypatch.setattr(evidence, "packed", fail)
+    tokens = [token("cgroup/a"), token("cgroup/b", "v2"), token("cgroup/c", "v3")]
+    outcomes, result = reaped(state, tokens, kind("cgroup"), required=True)
+    assert [one["outcome"] for one in outcomes if one["vm_id"] == "v2"] == ["reaped"]
+    assert result["failed"] == ["v1: KeyError: 'x'", "v3: KeyError: 'x'"] and list(bundles(state)) == ["v2"]
+
+
 def slow(token, rules, host):
     time.sleep(0.2)
     return [seen(token)]
@@ -530,7 +543,7 @@ def host():
 
 def make(base, vm_id="v1"):
     path = base / "firecracker" / vm_id
-    (path / "root" / "logs").mkdir(parents=True)
+    (path / "root" / "logs").mkdir(parents=True, exist_ok=True)
     (path / "root" / "firecracker.log").write_text("line 1\nline 2\n")
     return path
 
@@ -753,10 +766,11 @@ def test_whole_logs_are_copied_after_the_module_is_done(state, base, rules, host
     wait_until_over(state)
     metadata, texts = bundles(state)["v1"]
     assert metadata["logs"].startswith("whole")
-    whole = texts["07-jail-whole-log-root_logs_long.txt"].split("\n", 1)
+    whole = texts[next(one for one in texts if one.endswith("whole-log-root_logs_long.txt"))].split("\n", 1)
     assert whole[0] == outcome["aside"]["path"] + "/root/logs/long"
     assert whole[1].startswith("line 0\n") and whole[1].endswith("line 49999\n")
-    assert "not read: not a regular file" in texts["06-jail-whole-log-root_logs_link.txt"]
+    link = texts[next(one for one in texts if one.endswith("whole-log-root_logs_link.txt"))]
+    assert "not read: not a regular file" in link
     assert "01-jail-listing.txt" in texts
     assert len(os.listdir(os.path.join(state, REALM, "evidence"))) == 1
 
@@ -798,12 +812,18 @@ def test_a_background_that_is_killed_leaves_the_bundle_as_it_was_and_the_lock_fr
 
 
 def test_the_background_has_a_budget_and_keeps_the_ends(state, base, rules, host, monkeypatch):
+    (base / "firecracker/v1/root/logs").mkdir(parents=True)
+    with open(base / "firecracker/v1/root/a.log", "wb") as stream:
+        stream.truncate(1 << 40)
     followed(state, base, rules, host, monkeypatch, bytes=1000)
     wait_until_over(state)
     texts = bundles(state)["v1"][1]
+    # It is one that is enormous that is cut, not those beside it.
+    assert [text for one, text in texts.items() if "whole-log-root_firecracker.log" in one][0].endswith("line 2\n")
     long = texts[max(one for one in texts if "whole-log-root_logs_long" in one)]
     first, rest = long.split("\n", 1)
     assert "cut: the first" in first and rest.endswith("line 49999\n")
+    assert "cut: the first 1099511627776 of its" in texts[max(one for one in texts if "whole-log-root_a.log" in one)]
     whole = [text.split("\n", 1)[1] for one, text in texts.items() if "whole-log" in one]
     assert sum(map(len, whole)) == 1000
 

@@ -491,7 +491,7 @@ def test_traits_of_the_tests_are_those_of_the_kinds():
 
 
 def test_a_journal_that_was_changed_is_told():
-    journal = {"entries": [], "truncated": False, "broken": "line 3 of journal.jsonl does not follow the line before it"}
+    journal = {"entries": [], "truncated": False, "broken": "line 3 of journal.jsonl does not follow"}
     verdict, told = said(facts(CGROUP), journal=journal)
     assert (verdict, told.count("The journal is not as it was written: line 3 of")) == ("suspected", 1)
 

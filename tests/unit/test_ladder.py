@@ -216,6 +216,46 @@ def test_a_container_waits_for_its_snapshot_which_would_go_with_it():
     assert steps(last) == {"v1.container": "remove", "v1.snapshot": "remove"}
 
 
+def test_what_refers_to_something_and_that_go_together():
+    """A container that waits keeps its snapshot, even if that has no hold of its own."""
+    container = thing("container", "v1")
+    snapshot = thing("snapshot", "v1", holders=[r.holder("container", "v1.container", kind="container")])
+    how = {"hold": {"container": 90}}
+    before = remembered(plan(facts(container, snapshot), **how))
+    first = plan(facts(container, snapshot, now=1060.0, ledger=before), **how)
+    assert (names(first), first["counts"]["snapshot"]["aside"]) == ([], 1)
+    ledger = remembered(first, before)
+    last = plan(facts(container, snapshot, now=1150.0, ledger=ledger), **how)
+    assert steps(last) == {"v1.container": "remove", "v1.snapshot": "remove"}
+
+
+def test_a_container_waits_while_the_snapshot_that_would_go_with_it_cannot_be_read():
+    container = thing("container", "v1", in_use=True)
+    how = {"hold": HOLD, "running": "confirmed"}
+    before = remembered(plan(facts(container), **how))
+    unread = plan(facts(container, now=1060.0, ledger=before, unavailable=["snapshot"]), **how)
+    assert [(token["step"], token["stop"]) for token in unread["reap"]] == [("aside", True)]
+    for changes in ({"absent": ["snapshot"]}, {}):
+        assert steps(plan(facts(container, now=1060.0, ledger=before, **changes), **how)) == {"v1.container": "remove"}
+    none = plan(facts(container, now=1060.0, ledger=before, unavailable=["snapshot"]), hold=0, running="confirmed")
+    assert steps(none) == {"v1.container": "remove"}
+
+
+def test_of_two_that_had_the_same_name_none_goes_before_the_hold_of_the_other():
+    """They may be the same: an undo that was killed had brought it back, and it was set aside once more."""
+    ledger = aside(thing("dm_thin", "v1"))
+    again = thing("dm_thin", "v1", identity="activated anew")
+    struck_again = remembered(plan(facts(again, now=4000.0, ledger=ledger), hold=HOLD), ledger)
+    result = plan(facts(again, now=4060.0, ledger=struck_again), hold=HOLD)
+    assert steps(result) == {"v1.dm_thin": "aside"}
+    ledger = carried_out(result, struck_again, 4060.0)
+    assert [held["since"] for held in ledger["aside"]] == [1060.0, 4060.0]
+    assert names(plan(facts(now=7659.0, ledger=ledger), hold=HOLD)) == []
+    last = plan(facts(now=7660.0, ledger=ledger), hold=HOLD)
+    assert [token["since"] for token in last["reap"]] == [1060.0]
+    assert [held["since"] for held in last["ledger"]["aside"]] == [4060.0]
+
+
 def test_caps_count_what_begins_to_go_and_not_again_what_was_set_aside():
     things = [thing("jail", "v%d" % number) for number in range(12)]
     before = struck(*things)
@@ -462,6 +502,54 @@ def test_undo_brings_a_jail_back_exactly_as_it_was_and_pins_it(host):
         ("intent", "aside"), ("outcome", "set_aside"), ("intent", "bring_back"), ("outcome", "restored"),
     ]
     assert told["broken"] is None
+
+
+@pytest.mark.parametrize("is_done", [True, False])
+def test_row_30_undo_brings_back_what_a_killed_reaper_had_set_aside_and_nobody_has_settled(host, is_done):
+    """Where the VM lives the host is latched then, and no sweep writes its ledger any more."""
+    dead = host.make("v1")
+    before = tree(dead)
+    host.sweep()
+    ledger = ledgers.load(host.state, REALM)[0]
+    host.sweep()
+    (held,) = ledgers.load(host.state, REALM)[0]["aside"]
+    token = {key: held[key] for key in held if key not in ("since", "boot_id", "sweep", "state")}
+    os.unlink(ledgers.path_of(host.state, REALM))
+    ledgers.save(host.state, REALM, acts.begun(ledger, [dict(token, step="aside", stop=False)]))
+    if not is_done:
+        (moved,) = (host.base / "fc" / jail.ASIDE).glob("*/v1")
+        moved.rename(dead)
+    assert [one["outcome"] for one in acts.foresee_undo(lambda held: True, host.state, REALM)] == ["would_restore"]
+    assert host.undo("v1")[str(dead)][0] == "restored"
+    assert tree(dead) == before and ledgers.pins(host.state) == ["v1 until 2099-01-01"]
+    after = ledgers.load(host.state, REALM)[0]
+    assert (after["aside"], after["intents"], after["strikes"]) == ([], [], {})
+
+
+def test_row_30_undo_brings_back_what_a_killed_reaper_was_about_to_remove(host):
+    dead = host.make("v1")
+    before = tree(dead)
+    host.sweep()
+    host.sweep()
+    ledger = ledgers.load(host.state, REALM)[0]
+    (held,) = ledger["aside"]
+    ledgers.save(host.state, REALM, acts.begun(dict(ledger, aside=[]), [
+        dict(held, step="remove", stop=False, resume=True, why="")]))
+    assert host.undo("v1")[str(dead)][0] == "restored"
+    assert tree(dead) == before
+    after = ledgers.load(host.state, REALM)[0]
+    assert (after["aside"], after["intents"]) == ([], [])
+
+
+def test_undo_has_nothing_to_do_with_a_removal_that_was_begun(host):
+    dead = host.make("v1")
+    host.sweep(hold=0)
+    ledger = ledgers.load(host.state, REALM)[0]
+    token = {"kind": "jail", "name": str(dead), "vm_id": "v1", "identity": "x", "details": {}, "stop": False}
+    waiting = dict(token, since=1.0, boot_id="b", sweep="s", state="waiting", step="remove")
+    ended = dict(token, step="aside", stop=True)
+    ledgers.save(host.state, REALM, acts.begun(ledger, [dict(token, step="remove"), token, waiting, ended]))
+    assert host.undo("v1") == {}
 
 
 def test_undo_leaves_alone_what_took_the_place(host):

@@ -9,6 +9,7 @@ from ansible_collections.microvm.reaper.plugins.module_utils import acts
 from ansible_collections.microvm.reaper.plugins.module_utils import ledger as ledgers
 from ansible_collections.microvm.reaper.plugins.module_utils import resource as r
 from ansible_collections.microvm.reaper.plugins.plugin_utils import planner
+from ansible_collections.microvm.reaper.plugins.plugin_utils.facts import FactsError, unpacked
 from unit.builders import (
     HOST,
     REALM,
@@ -132,6 +133,20 @@ def test_a_pin_holds_until_its_day_is_over(text, holds):
 def test_a_pin_of_the_policy_that_cannot_be_understood_is_refused(text):
     with pytest.raises(planner.PolicyError, match="reap_keep"):
         planner.complete_policy(policy(keep=[text]))
+
+
+def test_a_pin_file_with_tabs_and_worse_pins_all_the_same(tmp_path):
+    (tmp_path / "keep").write_bytes(b"v1\tuntil  2100-01-01\nv\x07 # bell\n\t\n")
+    lines = ledgers.pins(str(tmp_path))
+    assert lines == ["v1 until 2100-01-01", "v?"]
+    ledger = remembered(plan(facts(thing("cgroup", "v1"), thing("cgroup", "v2"))))
+    again = unpacked(facts(thing("cgroup", "v1"), thing("cgroup", "v2"), now=1060, ledger=ledger, pins=lines))
+    assert names(plan(again)) == []
+
+
+def test_a_pin_that_is_blank_is_refused():
+    with pytest.raises(FactsError, match="'pins' is no list of texts"):
+        unpacked(facts(pins=["v1", " "]))
 
 
 def test_a_line_of_a_pin_file_that_cannot_be_understood_pins_all_the_same():

@@ -12,6 +12,7 @@ from ansible.utils import vars as ansible_vars
 from ansible.vars.hostvars import HostVars
 from ansible.vars.manager import VariableManager
 from ansible_collections.microvm.reaper.plugins.action.live_manifest import Inventory
+from ansible_collections.microvm.reaper.plugins.plugin_utils import manifest
 from ansible_collections.microvm.reaper.plugins.plugin_utils.manifest import ManifestError
 from ansible_collections.microvm.reaper.plugins.plugin_utils.sources import inventory as source
 
@@ -52,6 +53,20 @@ def fetched(tmp_path, monkeypatch):
         return {vm["vm_id"]: vm["host"] for vm in document["vms"]}
 
     return fetch
+
+
+def test_names_of_hosts_that_are_no_texts_are_refused_in_words():
+    class Hosts:
+        groups = {"all": ["rack1", "rack2", "a"], "live_vms": ["a"]}
+
+        def variables(self, name):
+            return {"reap_host_id": 2} if name == "rack2" else {}
+
+        own_variables = variables
+
+    document = source.fetch(OPTIONS, {"realm": "prod", "now": 0, "inventory": Hosts})
+    with pytest.raises(ManifestError, match="hosts: a text was expected, not 2"):
+        manifest.check(document, "inventory", now=0, max_age=60)
 
 
 @pytest.mark.parametrize("extra", [{}, {"vm_id": "v9"}, {"vm_host": "rack9", "reap_host_id": "r"}, {"vm_state": "x"}])

@@ -202,6 +202,9 @@ GOOD = r.outcome({"kind": "cgroup", "name": "n", "vm_id": "v1"}, r.REAPED, bytes
         dict(GOOD, holders=[{"type": "process"}]),
         dict(GOOD, kind=[]),
         dict(GOOD, message=None),
+        dict(GOOD, bytes=10**400),
+        dict(GOOD, bytes=float("nan")),
+        dict(GOOD, bytes=-1),
     ],
 )
 def test_a_host_that_returns_anything_does_not_spoil_the_report_of_the_others(junk):
@@ -213,6 +216,11 @@ def test_a_host_that_returns_anything_does_not_spoil_the_report_of_the_others(ju
     document = report.as_json("prod", MANIFEST, dict(hosts, h3=host(result, outcomes=junk)))
     assert document["hosts"]["h1"]["outcomes"] == [GOOD]
     json.dumps(document)
+
+
+def test_one_outcome_that_is_in_no_list():
+    hosts = {"h1": host(sweep_twice(thing("cgroup", "v1")), outcomes=GOOD)}
+    assert "1 reaped, 1.0 KiB given back" in text(hosts)
 
 
 def test_the_same_for_machines():

@@ -52,14 +52,45 @@ def test_yaml_and_json(write, tmp_path):
     text = """
 realm: prod
 generated_at: 2027-01-15T08:00:00Z
-complete: true
 vms:
   - vm_id: v1
     host: h1
+complete: true
 """
     for content in (text, json.dumps(document()), "\n  " + json.dumps(document())):
         assert fetch(write(content))["live"] == {"h1": ["v1"], "h2": ["v1"]}  # no hosts are named
     assert fetch(of("live.yml"), directory=tmp_path)["source"] == "file live.yml"
+
+
+YAML = """realm: prod
+generated_at: 2027-01-15T08:00:00Z
+count: 2
+vms:
+  - {vm_id: v1, host: h1}
+  - vm_id: v12
+    host: h12
+    also_on: [h1, h2]
+"""
+
+
+@pytest.mark.parametrize("end", ["complete: true\n", "complete: true", "complete: true\n...\n"])
+def test_of_a_list_in_yaml_no_beginning_is_proven(write, end):
+    text = YAML + end
+    assert fetch(write(text))["proven"]
+    whole = len(text.rstrip()) if "..." not in text else text.index("\n...")
+    for length in range(whole):
+        try:
+            handle = fetch(write(text[:length]))
+        except manifest.ManifestError:
+            continue
+        assert not handle["proven"], text[:length]
+
+
+def test_a_list_in_yaml_that_is_complete_from_its_first_line_on_is_not_proven(write):
+    handle = fetch(write("complete: true\n" + YAML))
+    assert not handle["proven"] and "has to end with the line 'complete: true'" in handle["unproven"][0]
+    assert fetch(write("complete: true\n" + YAML + "...\n"))["proven"]
+
 
 
 @pytest.mark.parametrize(

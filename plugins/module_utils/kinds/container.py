@@ -19,6 +19,7 @@ from ..probe import ProbeError
 KIND = "container"
 STOPS = True
 SETS_ASIDE = "running"
+TAKES = ("snapshot",)
 DEPENDS_ON = ()
 RULE = containerd.RULE
 

@@ -38,6 +38,8 @@ BUSY_TRIES = 5
 BUSY_PAUSE = 0.2
 TAG = "microvm-reaper-"
 FAILED_POOL = ["Fail"]
+_COUNT = re.compile("[0-9]{1,20}")
+_NUMBERS = re.compile("[0-9]{1,10}:[0-9]{1,10} [0-9]{1,10}")
 
 Volume = collections.namedtuple("Volume", "device pool thin_id sectors")
 
@@ -205,7 +207,7 @@ def _volume(device, table, pool_of):
     if table.words == FAILED_POOL:
         pool = next((pool for pool in map(pool_of, dm.built_on(device.number)) if pool), None)
         return Volume(device, pool, None, table.sectors) if pool else None
-    if len(table.words) < 2 or not re.fullmatch(r"\d+:\d+", table.words[0]) or not table.words[1].isdigit():
+    if len(table.words) < 2 or not _NUMBERS.fullmatch(" ".join(table.words[:2])):
         return None
     pool = pool_of(table.words[0])
     return Volume(device, pool, int(table.words[1]), table.sectors) if pool else None
@@ -232,7 +234,7 @@ def _describe(volume, vm_id, status, trouble, host):
         in_use=device.open > 0,
         holders=on_it + _holders(device, pool, trouble),
         age_seconds=_age(device.number),
-        bytes_used=int(words[0]) * dm.SECTOR if words and words[0].isdigit() else None,
+        bytes_used=int(words[0]) * dm.SECTOR if words and _COUNT.fullmatch(words[0]) else None,
         details={
             "pool": pool.name,
             "pool_uuid": pool.uuid,

@@ -459,6 +459,10 @@ def _bases(rules):
         base = rule["base"].rstrip("/")
         if not base or not base.startswith("/") or os.path.normpath(base) != base:
             raise r.RuleError("jail rule: 'base' must be an absolute path, not the root: %r" % rule["base"])
+        try:
+            re.compile(_exec(rule))
+        except (re.error, OverflowError, RecursionError) as err:
+            raise r.RuleError("jail rule: 'exec' is not a regular expression: %r: %s" % (rule["exec"], err)) from err
         found[base].append(rule)
     return found
 

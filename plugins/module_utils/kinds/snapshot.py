@@ -215,10 +215,9 @@ def _used(client, snapshotter, snapshot, host):
     if not directories and not devices:
         return []
     found = [r.holder("mount", containerd.printable(point)) for point in mount_points(directories, devices)]
-    mine = (client.namespace, snapshot["name"])
     for other in containerd.all_clients(client.address, host):
         for container in other.containers():
-            if (other.namespace, container["snapshot_key"]) != mine and _has(container, directories, asked):
+            if _has(container, directories, asked):
                 found.append(r.holder("container", "%s/%s" % (other.namespace, containerd.printable(container["id"]))))
     return found
 
@@ -240,18 +239,18 @@ def mount_points(directories, devices):
     mounted in them: removing a directory would remove that too.
     """
     here, found, seen = mounts.by_device(mounts.read()), set(), set()
-    for pid in processes.pids():
+    for pid in ["self", *processes.pids()]:
         try:
-            namespace = os.readlink("/proc/%d/ns/mnt" % pid)
+            namespace = os.readlink("/proc/%s/ns/mnt" % pid)
             if namespace in seen:
                 continue
-            seen.add(namespace)
             text = mounts.text(pid)
         except OSError:
-            continue  # ended while we looked
+            continue  # ended while we looked; others may be in the same namespace
+        seen.add(namespace)
         uppers = mounts.points_with(text, UPPER, directories)
         for mount in mounts.parse(text):
-            places = [mount.point, *mounts.seen_as(mount, here)]
+            places = mounts.seen_as(mount, here)
             is_below = any(mounts.is_same_or_above(one, place) for one in directories for place in places)
             if is_below or mount.device in devices or mount.point in uppers:
                 found.add(mount.point)
@@ -274,7 +273,7 @@ def _has(container, directories, asked):
 
 
 def _spec_paths(spec):
-    """Yield what the spec of a container takes from the host: its root, the sources of mounts, directories in options."""
+    """Yield the paths of the host in a container's spec: its root, sources of mounts, directories in their options."""
     yield str((spec.get("root") or {}).get("path") or "")
     for mount in spec.get("mounts") or []:
         yield str(mount.get("source") or "")

@@ -78,6 +78,15 @@ def remove(token, rules, host):
     return r.outcome(token, r.REAPED, bytes_given_back=given_back)
 
 
+def witness(token, _rules, host):
+    """Return what the metadata said of the id when it was found, and the status of its pool; one command for all."""
+    pool = host.once("dm status thin-pool", lambda: dm.statuses(host, "thin-pool")).get(token["details"]["pool"])
+    lines = ["%s: %s" % pair for pair in sorted(token["details"].items())]
+    lines.append("status of the pool: %s" % (" ".join(pool.words) if pool else "none"))
+    source = "dmsetup status of all pools; thin_dump when it was found: %s" % token["name"]
+    return [{"title": KIND, "source": source, "text": "\n".join(lines) + "\n"}]
+
+
 def _pools(rules, devices, host):
     """Return the active pools that the rules name. Raises ProbeError for what is none, or another manager's."""
     wanted = {rule["pool"] for rule in rules}
@@ -190,7 +199,7 @@ def mapped(host):
     A name that holds a newline can only add to them.
     """
     listed = [dm.listing(host, "table", *options, "--target", "thin") for options in ((), ("--inactive",))]
-    pattern = re.compile(r" thin (\d+:\d+) (\d+)(?![^ \n])")
+    pattern = re.compile(" thin ([0-9]{1,10}:[0-9]{1,10}) ([0-9]{1,10})(?![^ \n])")
     return {(number, int(thin_id)) for text in listed for number, thin_id in pattern.findall(text)}
 
 

@@ -183,7 +183,7 @@ class _Claim:
             raise r.RuleError("a zombie rule needs 'cgroup_name' or 'pid_file': %r" % rule)
         try:
             self._command = re.compile(rule.get("command") or RULE["command"]["default"])
-        except re.error as err:
+        except (re.error, OverflowError, RecursionError) as err:
             raise r.RuleError("zombie rule: 'command' is not a regular expression: %s" % err) from err
         self._names = r.Names(KIND, [{"name": rule["cgroup_name"]}]) if rule.get("cgroup_name") else None
         self._pid_files = _split_glob(rule["pid_file"]) if rule.get("pid_file") else None

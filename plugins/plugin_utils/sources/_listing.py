@@ -255,6 +255,8 @@ class Listing:
             return None
         if isinstance(following, bool) or not isinstance(following, (str, int)):
             raise _refusal("not_a_manifest", url, "next (%s) finds %s" % (options["next"], _kind(following)))
+        if not _can_travel(str(following)):
+            raise _refusal("not_a_manifest", url, "next (%s) finds half of a character" % options["next"])
         if paging == "cursor":
             return _web.with_params(url, {options["cursor_param"]: following})
         found = _web.followed(url, str(following))
@@ -517,6 +519,14 @@ def _parsed(value):
     except (TypeError, ValueError):
         return None
     return instant.timestamp() if instant.tzinfo else None
+
+
+def _can_travel(text):
+    """Tell whether a text can stand in a URL: JSON can hold half of a character."""
+    try:
+        return text.encode("utf-8") is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def _is_number(value):

@@ -361,7 +361,7 @@ def http_date(text):
     """Return the instant of a date as HTTP writes it, None for anything else."""
     try:
         instant = email.utils.parsedate_to_datetime(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return instant if instant.tzinfo else instant.replace(tzinfo=datetime.UTC)
 

@@ -3,7 +3,8 @@
 """A manifest in a file on the controller: YAML, JSON, or JSON lines.
 
 JSON lines: the first line is the manifest without ``vms``, each of the others a VM. Such a file may be of any size, and
-may end at any line; only ``count`` or ``sha256`` in the first line prove that it is whole.
+may end at any line; only ``count`` or ``sha256`` in the first line prove that it is whole. YAML may end anywhere too,
+even in a VM that it counts: it is proven by ``complete: true`` as its last line, or by the mark ``...`` there.
 
 The list is as old as it says, or as the file if that is older: where the control plane's clock is ahead of ours, an old
 list looks fresh.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 
 import yaml
 
@@ -22,6 +24,7 @@ from ..manifest import ManifestError
 OPTIONS = {"path": {"type": "path", "required": True}}
 MAX_BYTES = 512 * 1024 * 1024
 MAX_LINE = 1024 * 1024
+END = re.compile(r"\n(?:complete: true|\.\.\.)\s*\Z")
 
 
 def describe(options):
@@ -43,8 +46,9 @@ def fetch(options, context):
             data = first + stream.read(max(0, MAX_BYTES + 1 - len(first)))
         if len(data) > MAX_BYTES:
             raise ManifestError("unreadable", "%s is larger than %d bytes" % (describe(options), MAX_BYTES))
-        document = _parsed(data.decode("utf-8"))
-        return dict(document, made_before=written) if isinstance(document, dict) else document
+        text = data.decode("utf-8")
+        document = _parsed(text)
+        return dict(document, made_before=written, **_end(text)) if isinstance(document, dict) else document
 
 
 def _written(stream):
@@ -52,9 +56,20 @@ def _written(stream):
     return os.fstat(stream.fileno()).st_mtime
 
 
+def _is_json(text):
+    return text.lstrip().startswith("{")
+
+
+def _end(text):
+    """Return what has to be said of YAML that does not end as only a whole list does."""
+    if _is_json(text) or END.search(text):
+        return {}
+    return {"proven": False, "unproven": "a list in YAML has to end with the line 'complete: true', or is cut off"}
+
+
 def _parsed(text):
     """Return what a text says. JSON is tried first: it is YAML too, but read a hundred times faster."""
-    if text.lstrip().startswith("{"):
+    if _is_json(text):
         return json.loads(text)
     return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 

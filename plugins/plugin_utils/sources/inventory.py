@@ -41,7 +41,8 @@ def fetch(options, context):
         "realm": context["realm"],
         "generated_at": context["now"],
         "complete": True,
-        "hosts": sorted(inventory.variables(name).get("reap_host_id", name) for name in hosts),
+        # What is no text is refused later, by its place in the list.
+        "hosts": sorted((inventory.variables(name).get("reap_host_id", name) for name in hosts), key=str),
         "vms": [_vm(name, inventory.own_variables(name), options) for name in vms],
     }
 

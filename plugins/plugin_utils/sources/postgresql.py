@@ -62,6 +62,7 @@ CONNECTION = ("host", "port", "dbname", "user", "password", "sslmode", "sslrootc
 FILES = ("sslrootcert", "sslcert", "sslkey")
 SECRET = ("password", "sslpassword")
 PAGE = 2000  # rows; larger ones are slower
+MAX_DIGITS = 300
 BACKOFF = 0.5  # seconds before the first retry, then twice as long each time
 
 # What is asked before the transaction, so that it is never later than the snapshot: the clock, whether it is a replica,
@@ -368,7 +369,10 @@ class _Session:
         """Return the one number of the epoch query."""
         value = self._value("epoch_query", self._epoch_query)
         try:
-            return int(decimal.Decimal(value))
+            number = decimal.Decimal(value)
+            if number.adjusted() > MAX_DIGITS:  # a few characters can stand for gigabytes
+                raise ValueError(value)
+            return int(number)
         except (ArithmeticError, ValueError) as err:
             said = "%s: epoch_query must return a number, not %.80r" % (self.name, value)
             raise ManifestError("bad_query", said) from err

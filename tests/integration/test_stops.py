@@ -1,0 +1,47 @@
+# Copyright: The microvm.reaper authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""Row 30: the reaper is killed at each step that it takes, and the next one comes to the same end.
+
+Real thin volumes, jails and cgroups on a host with a kernel of its own; tests/hosts/stops.py says what a step is.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import tarfile
+
+import pytest
+from hosts.fleet import ROOT, hosts_py
+
+pytestmark = [
+    pytest.mark.hosts,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(os.geteuid() != 0, reason="test hosts need root"),
+]
+
+
+@pytest.fixture(scope="module")
+def host(kernel):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for part in ("module_utils", "plugin_utils"):
+            archive.add(ROOT / "plugins" / part, f"ansible_collections/microvm/reaper/plugins/{part}")
+    argv = hosts_py("exec", "--state", kernel.state, "kern", "--", "mkdir -p /tmp/reaper; tar -C /tmp/reaper -xf -")
+    subprocess.run(argv, input=buffer.getvalue(), check=True)
+    script = (ROOT / "tests/hosts/stops.py").read_text()
+    kernel.run("kern", "cat > /run/stops.py", input=script, check=True)
+    return kernel
+
+
+@pytest.mark.parametrize("case", ["remove", "aside", "finish", "undo"])
+def test_killed_at_each_step(host, case):
+    done = host.run("kern", f"python3 /run/stops.py {case} 2>&1", timeout=580)
+    assert done.returncode == 0, done.stdout[-4000:]
+    came_to = json.loads(done.stdout.splitlines()[-1])
+    assert came_to["problems"] == []
+    # Each step from the first on, and one more, at which there is nobody left to be killed.
+    assert came_to["tried"] == list(range(1, came_to["steps"] + 2))
+    assert came_to["steps"] > 20
