@@ -51,7 +51,7 @@ ALL_ORPHANS = sum(ORPHANS.values()) + ORPHANS["containers"]
 LIVE = {"cgroups": 10, "jails": 10, "volumes": 10, "containers": 10, "processes": 30}
 # What a playbook removes that loops; it would take most of an hour for all. Divides each count.
 SAMPLE = 25
-UNCAPPED = {"max_per_host": 10**6, "max_percent_per_host": 100, "min_age": 0}
+UNCAPPED = {"max_per_host": 10**6, "max_percent_per_host": 100, "min_age": 0, "hold": 0}
 PLAYBOOK_OPTIONS = {
     "reap_realm": REALM,
     "reap_presets": PRESETS,

@@ -9,6 +9,7 @@ The journal is written at the same times, for people, when there is anything to 
 
 from __future__ import annotations
 
+import itertools
 import time
 
 from . import journal as journals
@@ -17,6 +18,7 @@ from . import resource as r
 from .probe import DeadlineExceeded, ProbeError, Worker, boottime
 
 ACT_SECONDS = 30.0
+TOGETHER = 50  # tokens of which a kind is told at once; of one that does not answer nobody knows which it did
 BRING_BACK = "bring_back"
 
 
@@ -51,6 +53,32 @@ class Hands:
             failed = r.outcome(token, r.FAILED, str(err))
         # Nobody knows how far an act came that did not answer, so it stays an intent.
         return dict(failed, unfinished=True) if act in ("remove", "set_aside") else failed
+
+    def do_all(self, act, tokens):
+        """Yield what do() says of each of the tokens, which are all of one kind, done together where the kind can."""
+        can, left = hasattr(self.kinds[tokens[0]["kind"]], act + "_all"), list(tokens)
+        while left:
+            answers = self._together(act, left[: TOGETHER if can else 1])
+            yield from answers
+            del left[: len(answers)]
+
+    def _together(self, act, tokens):
+        """Return what came of the first of the tokens, of at least one.
+
+        Those that a kind began with and did not answer for are the first of the next call, or hang with it.
+        """
+        kind = tokens[0]["kind"]
+        if len(tokens) > 1 and kind not in self.hung:
+            try:
+                answers = self._call(kind, act + "_all", tokens)
+                if 0 < len(answers) <= len(tokens):
+                    return answers
+            except DeadlineExceeded as err:
+                message = "%s hung, of this one or of another of %d: %s" % (act, len(tokens), err)
+                return [dict(r.outcome(token, r.FAILED, message), unfinished=True) for token in tokens]
+            except (ProbeError, OSError):
+                pass  # perhaps because of one of them: each on its own, it stops no other
+        return [self.do(act, token) for token in tokens]
 
     def prepare(self, tokens):
         """Return the tokens with what their kinds add, before an act, to prove after a crash what they were."""
@@ -96,18 +124,27 @@ def carry_out(tokens, hands, order, tell=lambda outcome: None):
         if token["stop"]:
             refused[_key(token)] = hands.do("stop", token)
     outcomes = []
-    for token in tokens:
-        outcomes.append(refused.get(_key(token)) or _step(token, hands))
-        tell(outcomes[-1])
+    for (_kind, act), run in itertools.groupby(tokens, lambda token: (token["kind"], _act(token, refused))):
+        some = [dict(token, stop=False) for token in run]
+        for one in hands.do_all(act, some) if act else [_ended(token, refused) for token in some]:
+            outcomes.append(one)
+            tell(one)
     return outcomes
 
 
-def _step(token, hands):
+def _act(token, refused):
+    """Return the act that a token still needs, None when to end what ran in it, or not to be able to, was all."""
+    if refused.get(_key(token)):
+        return None
     if _step_of(token) == r.REMOVE:
-        return hands.do("remove", dict(token, stop=False))
-    if token["stop"]:  # that was the step: what is stopped waits where it is
-        return dict(r.outcome(token, r.SET_ASIDE, "ended; the rest goes with what it holds"), waits=True)
-    return hands.do("set_aside", token)
+        return "remove"
+    return None if token["stop"] else "set_aside"
+
+
+def _ended(token, refused):
+    # What is stopped waits where it is.
+    ended = dict(r.outcome(token, r.SET_ASIDE, "ended; the rest goes with what it holds"), waits=True)
+    return refused.get(_key(token)) or ended
 
 
 def _step_of(token):
@@ -268,7 +305,12 @@ def settled(ledger, tokens, outcomes, moment):
         if one["outcome"] == r.SET_ASIDE and not (one.get("waits") or one.get("in_sight"))
     }
     left = [token for token in tokens if _key(token) not in gone]
-    done = [token for token in tokens if by_key[_key(token)]["outcome"] in (r.REAPED, r.SET_ASIDE)]
+    # Of what is not finished nobody knows how far it came.
+    done = [
+        token
+        for token in tokens
+        if by_key[_key(token)]["outcome"] in (r.REAPED, r.SET_ASIDE) or by_key[_key(token)].get("unfinished")
+    ]
     aside = [
         held_of(token, moment, "waiting" if by_key[_key(token)].get("waits") else "aside")
         for token in left

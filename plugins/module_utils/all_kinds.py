@@ -29,6 +29,10 @@ Adding a kind is adding a file in kinds/ and naming it in ORDER. A kind is a mod
 ``set_aside(token, rules, host)`` -> only where SETS_ASIDE: OUTCOME set_aside (with ``in_sight`` where collect() goes
                                  on to find it), or as inspect(). One that could not be brought back is deferred
                                  with ``waits``: it waits as it is
+``remove_all(tokens, rules, host)``, ``set_aside_all(tokens, rules, host)`` -> optional, where much of the work is the
+                                 same for all: the OUTCOMEs of the first of the tokens, of at least one and of as many
+                                 as about two seconds are enough for. It is called again with the rest. Of what it
+                                 began and did not answer for, remove() and set_aside() know what came of it
 ``bring_back(token, rules, host)`` -> the OUTCOME restored when it is exactly as it was, or as inspect()
 
 Every function may raise ProbeError or OSError; the caller turns these into a failed outcome.

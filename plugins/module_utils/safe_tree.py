@@ -54,6 +54,17 @@ def opened(base, names):
                 os.close(one)
 
 
+def remove_empty(base, names):
+    """Remove the directory below a trusted base that the names lead to, and then the one above it: what is empty."""
+    for above in (names[:-1], names[:-2]):
+        with contextlib.suppress(OSError):
+            place = _descend(base, above)
+            try:
+                os.rmdir(names[len(above)], dir_fd=place)
+            finally:
+                os.close(place)
+
+
 class Tree:
     """A directory below a base that is trusted, held by descriptors. No name below the base may be a symbolic link.
 
@@ -142,6 +153,7 @@ class Tree:
             try:
                 os.rename(self.name, self.name, src_dir_fd=self.parent, dst_dir_fd=place)
             except OSError as err:
+                _remove_empty(place, (second, first))
                 if err.errno == errno.ENOENT:
                     raise _blocked(err, self.path) from err
                 raise Refused("%s: %s" % (shown(self.path), err.strerror)) from err
@@ -171,13 +183,7 @@ class Tree:
     def remove_parent(self):
         """Remove ``second`` that the tree lay in, and ``first``, those that are empty."""
         names = self.path.split("/")
-        with contextlib.suppress(OSError):
-            for above, name in (("..", names[-2]), ("../..", names[-3])):
-                place = os.open(above, DIRECTORY, dir_fd=self.parent)
-                try:
-                    os.rmdir(name, dir_fd=place)
-                finally:
-                    os.close(place)
+        _remove_empty(self.parent, (names[-2], names[-3]))
 
     def _is_itself(self):
         there = os.stat(self.name, dir_fd=self.parent, follow_symlinks=False)
@@ -343,6 +349,17 @@ def _own(name, place):
         raise Refused("%s is not a directory of the reaper's user alone" % shown(name))
     os.close(place)
     return below
+
+
+def _remove_empty(place, names):
+    """Remove the directory ``place``, called by the first of the names, the one above it, and so on: what is empty."""
+    with contextlib.suppress(OSError):
+        for above, name in zip(("..", "../.."), names):
+            directory = os.open(above, DIRECTORY, dir_fd=place)
+            try:
+                os.rmdir(name, dir_fd=directory)
+            finally:
+                os.close(directory)
 
 
 def _blocked(err, name, what="in use"):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -75,7 +76,9 @@ def health(one, statuses, host):
 
 def read_health(one, host):
     """Return the Health of a pool as it is now."""
-    return health(one, dm.statuses(host, "thin-pool"), host)
+    line = dm.status(one.number, "thin-pool")
+    is_it = line is not None and dm.attribute(one.number, "dm/name") == one.name
+    return health(one, {one.name: line} if is_it else {}, host)
 
 
 def parse_health(sectors, words, ours=None):
@@ -165,9 +168,11 @@ def delete(one, thin_id, host):
     The bytes are what the pool has free more than before. No complaint, "", when the id is gone.
     """
     before = read_health(one, host).used_bytes
-    rc, _out, err = dm.dmsetup(host, "message", "--", one.name, "0", "delete %d" % thin_id)
-    if rc != 0 and dm.NO_DATA not in err:
-        return 0, dm.reason(err) or "exit code %d" % rc
+    try:
+        dm.message(one.name, "delete %d" % thin_id)
+    except OSError as err:
+        if err.errno != errno.ENODATA:  # there is no such id
+            return 0, err.strerror
     after = read_health(one, host).used_bytes
     return max(before - after, 0) if before is not None and after is not None else 0, ""
 

@@ -284,6 +284,82 @@ def test_without_proof_the_acts_go_on(model, state):
     assert results(apply(model.make("dm/a"), state, kind)) == ["reaped"]
 
 
+# --- together ------------------------------------------------------------------------------------------------------
+
+
+def together(model, name, at_once, **replaced):
+    """Return a kind that removes so many at once, and notes how many it was given."""
+
+    def remove_all(tokens, rules, host):
+        model._note("given", {"name": str(len(tokens))})
+        return [model._remove(token) for token in tokens[:at_once]]
+
+    return model.kind(name, **dict({"remove_all": remove_all}, **replaced))
+
+
+def test_a_kind_that_can_is_given_many_and_again_what_it_did_not_come_to(model, state):
+    names = ["jail/%02d" % number for number in range(7)]
+    heard = []
+    tokens = model.make("dm/z", *names)
+    with hands(together(model, "jail", 3), model.kind("dm")) as some:
+        outcomes = acts.carry_out(tokens, some, ["jail", "dm"], heard.append)
+    assert [one["name"] for one in outcomes] == [name[5:] for name in names] + ["z"]
+    assert results(outcomes) == ["reaped"] * 8 and heard == outcomes
+    given = [entry[6:] for entry in model.done() if entry.startswith("given")]
+    assert given == ["7", "4"]  # the last one alone needs nobody to share with
+    assert model.done()[-2:] == ["remove:06", "remove:z"]
+
+
+def test_no_more_are_given_than_may_be_left_undecided(model, state, monkeypatch):
+    monkeypatch.setattr(acts, "TOGETHER", 2)
+    outcomes = apply(model.make("jail/a", "jail/b", "jail/c", "jail/d!"), state, together(model, "jail", 9))
+    assert results(outcomes) == ["reaped"] * 4
+    assert [entry for entry in model.done() if entry.startswith("given")] == ["given:2", "given:2"]
+
+
+def test_when_they_hang_together_each_of_them_is_unfinished_and_remembered(model, state, monkeypatch):
+    monkeypatch.setattr(acts, "ACT_SECONDS", 0.3)
+    monkeypatch.setattr(acts, "TOGETHER", 2)
+    tokens = model.make("jail/a", "jail/b", "jail/c", "dm/d")
+    for number, one in enumerate(tokens):
+        one["vm_id"] = "v%d" % number
+    hanging = together(model, "jail", 9, remove_all=lambda *_all: time.sleep(60))
+    outcomes = apply(tokens, state, hanging, model.kind("dm"))
+    assert results(outcomes) == ["failed", "failed", "deferred", "reaped"]
+    assert "remove hung, of this one or of another of 2" in outcomes[0]["message"]
+    ledger = ledgers.load(state, REALM)[0]
+    assert [token["name"] for token in ledger["intents"]] == ["a", "b"]
+    # Something of the first two may be gone: should they live, a person has to hear of it.
+    assert sorted(ledger["reaped"]) == ["v0", "v1", "v3"]
+
+
+@pytest.mark.parametrize("remove_all", [broken(ProbeError("no answer")), lambda *_all: [], lambda *_all: [1, 2, 3, 4]])
+def test_what_cannot_be_done_together_is_done_one_by_one(model, state, remove_all):
+    def bad_one(token, rules, host):
+        if token["name"] == "b":
+            raise OSError(5, "I/O error")
+        return model._remove(token)
+
+    kind = together(model, "jail", 9, remove_all=remove_all, remove=bad_one)
+    outcomes = apply(model.make("jail/a", "jail/b", "jail/c"), state, kind)
+    assert results(outcomes) == ["reaped", "failed", "reaped"]
+
+
+def test_a_child_that_dies_of_one_of_many_is_a_failure_of_that_one(model, state):
+    def die(token, rules, host):
+        if token["name"] == "b":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return model._remove(token)
+
+    kind = together(
+        model, "jail", 9, remove=die, remove_all=lambda tokens, *more: [die(token, *more) for token in tokens]
+    )
+    outcomes = apply(model.make("jail/a", "jail/b", "jail/c"), state, kind)
+    # The first was done by the child that died.
+    assert results(outcomes) == ["already_gone", "failed", "reaped"]
+    assert [token["name"] for token in ledgers.load(state, REALM)[0]["intents"]] == ["b"]
+
+
 # --- check mode ------------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,9 @@
 # Copyright: The microvm.reaper authors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""The dm_thin kind against transcripts of dmsetup and thin_dump, with the sysfs of the host they were taken on."""
+"""The dm_thin kind against transcripts of dmsetup and thin_dump, with the sysfs of the host they were taken on.
+
+What it does to a volume is in test_dm_control.py: that is asked of the kernel itself.
+"""
 
 import json
 import pathlib
@@ -30,6 +33,12 @@ class Replay:
         assert [command, *arguments] == said["argv"]
         assert environment == said["environment"]
         return said["rc"], said["out"], said["err"]
+
+    def status(self, number, target):
+        """Answer a request for the status of a device with the line that dmsetup was told: the same text."""
+        said = self.transcript.pop(0)
+        assert said["argv"][0:2] == ["dmsetup", "status"] and said["argv"][-2:] == ["--target", target]
+        return dm.parse_lines(said["out"], target)[dm.attribute(number, "dm/name")]
 
 
 @pytest.fixture(params=VERSIONS)
@@ -221,6 +230,7 @@ def test_records_of_a_pool(capture, tmp_path, monkeypatch):
     monkeypatch.setattr(thin_pool, "find_command", lambda name: name)
     monkeypatch.setattr(dm, "node", lambda number: "/dev/loop0")
     host = Replay(capture["boot_id"], capture["records"])
+    monkeypatch.setattr(dm, "status", host.status)
     host.state_dir = str(tmp_path)
     found = thin_pool.records(thin_pool.pool("254:0"), host)
     assert host.transcript == []
@@ -243,6 +253,7 @@ def test_a_metadata_snapshot_is_released_when_the_dump_hangs(capture, tmp_path, 
             return answer
 
     host = Hangs(capture["boot_id"], capture["records"])
+    monkeypatch.setattr(dm, "status", host.status)
     host.state_dir = str(tmp_path)
     with pytest.raises(probe.DeadlineExceeded):
         thin_pool.records(thin_pool.pool("254:0"), host)

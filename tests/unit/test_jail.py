@@ -140,6 +140,16 @@ def removed(path, rules, host):
     return jail.remove(token(path, rules, host), rules, host)
 
 
+def aside_of(path):
+    """Return where a jail is that was moved aside."""
+    (found,) = (path.parent / jail.ASIDE).glob("*/" + path.name)
+    return found
+
+
+def left_in(path):
+    return "; what is left of it is %s" % path
+
+
 def result(outcome):
     return None if outcome is None else outcome["outcome"]
 
@@ -479,10 +489,11 @@ def test_a_bind_mount_that_appears_after_the_unmounting_is_not_descended_into(
     one = token(path, rules, host)
     unmount = safe_tree.Tree.unmount
     monkeypatch.setattr(
-        safe_tree.Tree, "unmount", lambda tree: unmount(tree) or mount(sentinel, path / "bind", None, MS_BIND)
+        safe_tree.Tree, "unmount", lambda tree: unmount(tree) or mount(sentinel, tree.path + "/bind", None, MS_BIND)
     )
     outcome = jail.remove(one, rules, host)
-    assert (outcome["outcome"], outcome["message"]) == (r.DEFERRED, "mounted: bind")
+    assert (outcome["outcome"], outcome["message"]) == (r.DEFERRED, "mounted: bind" + left_in(aside_of(path)))
+    assert outcome["unfinished"]
     monkeypatch.undo()
     assert result(jail.remove(one, rules, host)) == r.REAPED
 
@@ -550,7 +561,7 @@ def test_a_mount_that_is_busy_is_named_and_nothing_removed(base, rules, host, na
     with open(path / "root" / "dev" / "open", "w"):
         outcome = removed(path, rules, host)
         assert (outcome["outcome"], outcome["message"]) == (r.DEFERRED, "mounted: %s/root/dev" % path)
-        assert (path / "root" / "firecracker").exists()
+        assert (path / "root" / "firecracker").exists() and "unfinished" not in outcome
     assert result(removed(path, rules, host)) == r.REAPED
 
 
@@ -564,9 +575,10 @@ def test_an_immutable_file_is_left_and_named(base, rules, host):
         one = token(path, rules, host)
         outcome = jail.remove(one, rules, host)
     finally:
-        subprocess.run(["chattr", "-i", str(path / "root" / "firecracker")], check=True)
-    assert outcome["outcome"] == r.FAILED
-    assert outcome["message"] == "firecracker: Operation not permitted, perhaps immutable or append-only: see lsattr"
+        subprocess.run(["chattr", "-i", str(aside_of(path) / "root" / "firecracker")], check=True)
+    assert (outcome["outcome"], outcome["unfinished"]) == (r.FAILED, True)
+    why = "firecracker: Operation not permitted, perhaps immutable or append-only: see lsattr"
+    assert outcome["message"] == why + left_in(aside_of(path))
     assert result(jail.remove(one, rules, host)) == r.REAPED
 
 
@@ -606,29 +618,201 @@ def test_a_removal_that_takes_too_long_goes_on_in_the_next_sweep(base, rules, ho
     outcome = jail.remove(one, rules, host)
     assert outcome["outcome"] == r.DEFERRED
     assert "next sweep" in outcome["message"]
-    left = len(os.listdir(path))
+    left = len(os.listdir(aside_of(path)))
     assert 0 < left < 3000
-    assert outcome["bytes"] > 0
+    assert outcome["bytes"] > 0 and outcome["unfinished"]
     monkeypatch.undo()
     assert result(jail.remove(one, rules, host)) == r.REAPED
 
 
 def test_a_jail_that_is_exchanged_while_it_is_removed_stays(base, rules, host, monkeypatch):
     path, other = make(base), base / "firecracker" / "other"
-    run = safe_tree.Removal.run
+    run, moved = safe_tree.Removal.run, []
 
     def exchanged(removal):
         run(removal)
-        path.rename(other)
-        path.mkdir()
+        moved.append(aside_of(path))
+        moved[0].rename(other)
+        moved[0].mkdir()
 
     monkeypatch.setattr(safe_tree.Removal, "run", exchanged)
     outcome = removed(path, rules, host)
     assert (outcome["outcome"], outcome["message"]) == (
         r.DEFERRED,
-        "another directory of the same name took its place",
+        "another directory of the same name took its place" + left_in(moved[0]),
     )
-    assert path.is_dir()
+    assert moved[0].is_dir()
+
+
+# Many together
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """How often the processes are looked at, and what happens right before such a look, by its number."""
+    found = {"count": 0, "before": {}}
+    places = processes.places
+
+    def looked(table):
+        found["count"] += 1
+        found["before"].get(found["count"], lambda: None)()
+        return list(places(table))
+
+    monkeypatch.setattr(processes, "places", looked)
+    return found
+
+
+def tokens_of(paths, rules, host):
+    found = collected(rules, host)
+    keys = ("kind", "name", "vm_id", "identity", "details")
+    return [dict({key: found[str(path)][key] for key in keys}, stop=False) for path in paths]
+
+
+def several(base, count=4):
+    return [make(base, "v%s" % letter) for letter in "abcdefgh"[:count]]
+
+
+def test_many_jails_share_the_looks_at_the_processes(base, rules, host, looks):
+    paths = several(base)
+    some = tokens_of(paths, rules, host)
+    looks["count"] = 0
+    assert [result(one) for one in jail.remove_all(some, rules, host)] == [r.REAPED] * 4
+    assert (looks["count"], os.listdir(base / "firecracker")) == (2, [])
+    some = tokens_of(several(base), rules, host)
+    looks["count"] = 0
+    aside = jail.set_aside_all(some, rules, host)
+    assert [result(one) for one in aside] == [r.SET_ASIDE] * 4 and looks["count"] == 2
+    assert [one["aside"]["path"] for one in aside] == [str(aside_of(path)) for path in paths]
+    looks["count"] = 0
+    outcomes = jail.remove_all([dict(one, resume=True) for one in some], rules, host)
+    assert [result(one) for one in outcomes] == [r.REAPED] * 4
+    assert (looks["count"], os.listdir(base / "firecracker")) == (1, [])
+
+
+@pytest.mark.parametrize("act", [jail.remove_all, jail.set_aside_all])
+@pytest.mark.parametrize("moment", [1, 2])
+def test_one_that_a_process_is_in_stays_and_the_others_go(base, rules, host, looks, started, act, moment):
+    paths = several(base)
+    some = tokens_of(paths, rules, host)
+    before = checksum(paths[1])
+
+    def enter():
+        place = paths[1] if paths[1].exists() else aside_of(paths[1])  # moved aside by then
+        started.append(child(lambda: os.chdir(place)))
+
+    looks["count"] = 0
+    looks["before"][moment] = enter
+    outcomes = act(some, rules, host)
+    done = r.REAPED if act is jail.remove_all else r.SET_ASIDE
+    assert [result(one) for one in outcomes] == [done, r.DEFERRED, done, done]
+    assert [one["name"].split()[0] for one in outcomes[1]["holders"]] == [str(started[0])]
+    assert "unfinished" not in outcomes[1]
+    assert paths[1].is_dir() and checksum(paths[1]) == before
+    assert not any(path.exists() for path in paths[:1] + paths[2:])
+
+
+def test_another_one_and_one_that_is_gone_are_no_hindrance(base, rules, host):
+    paths = several(base)
+    some = tokens_of(paths, rules, host)
+    shutil.rmtree(paths[0])
+    shutil.rmtree(paths[1])
+    make(base, "vb")
+    some.insert(2, dict(some[2], name=str(base / "elsewhere")))
+    outcomes = jail.remove_all(some, rules, host)
+    assert [result(one) for one in outcomes] == [
+        r.ALREADY_GONE, r.IDENTITY_CHANGED, r.FAILED, r.REAPED, r.REAPED,
+    ]
+    assert paths[1].is_dir()
+
+
+def test_one_that_took_the_place_of_one_that_was_moved_back_from_is_left(base, rules, host, looks, started):
+    paths = several(base, 2)
+    some = tokens_of(paths, rules, host)
+
+    def taken():
+        started.append(child(lambda: os.chdir(aside_of(paths[0]))))
+        paths[0].mkdir()
+
+    looks["count"] = 0
+    looks["before"][2] = taken
+    outcomes = jail.remove_all(some, rules, host)
+    assert [result(one) for one in outcomes] == [r.DEFERRED, r.REAPED]
+    # Out of its place nobody sees it: it has to be remembered.
+    assert outcomes[0]["unfinished"] and "could not be moved back" in outcomes[0]["message"]
+    assert os.listdir(paths[0]) == [] and (aside_of(paths[0]) / "root" / "firecracker").exists()
+
+
+def test_when_the_time_is_up_the_rest_is_aside_and_goes_with_the_next_call(base, rules, host, monkeypatch):
+    paths = several(base)
+    some = tokens_of(paths, rules, host)
+    begin, run = boottime(), safe_tree.Removal.run
+    late = []
+    monkeypatch.setattr(jail, "boottime", lambda: begin + (3 if late else 0))
+    monkeypatch.setattr(safe_tree.Removal, "run", lambda removal: late.append(1) or run(removal))
+    monkeypatch.setattr(jail, "REMOVE_SECONDS", 60)
+    outcomes = jail.remove_all(some, rules, host)
+    assert [result(one) for one in outcomes] == [r.REAPED]
+    assert not any(path.exists() for path in paths) and aside_of(paths[1]).is_dir()
+    late.clear()
+    assert [result(one) for one in jail.remove_all(some[1:], rules, host)] == [r.REAPED]
+    # As does one alone, also where it was to be set aside, and the next sweep.
+    assert result(jail.remove(some[2], rules, host)) == r.REAPED
+    there = str(aside_of(paths[3]))
+    again = jail.set_aside(some[3], rules, host)
+    assert (result(again), again["aside"]) == (r.SET_ASIDE, {"path": there})
+    assert result(jail.remove(dict(some[3], resume=True), rules, host)) == r.REAPED
+    assert os.listdir(base / "firecracker") == []
+
+
+def test_no_more_are_held_open_than_descriptors_allow(base, rules, host, monkeypatch):
+    monkeypatch.setattr(jail, "TOGETHER", 3)
+    some = tokens_of(several(base), rules, host)
+    before = os.listdir("/proc/self/fd")
+    assert len(jail.remove_all(some, rules, host)) == 3
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_a_jail_in_a_jail_waits_for_the_next_call(base, host):
+    rules = [
+        {"base": str(base), "exec": "", "name": "(?P<vm_id>firecracker)"},
+        {"base": str(base), "exec": "firecracker", "name": "(?P<vm_id>v[a-z]+)"},
+    ]
+    some = tokens_of([make(base), base / "firecracker"], rules, host)
+    assert [result(one) for one in jail.remove_all(some, rules, host)] == [r.REAPED]
+    assert (base / "firecracker").is_dir()
+    assert [result(one) for one in jail.remove_all([some[1], some[0]], rules, host)] == [r.REAPED]
+    assert result(jail.remove(some[0], rules, host)) == r.ALREADY_GONE
+
+
+def test_processes_that_cannot_be_seen_after_the_move_leave_it_to_the_next_look(base, rules, host, looks):
+    paths = several(base, 2)
+    some = tokens_of(paths, rules, host)
+    looks["count"] = 0
+
+    def refused():
+        raise ProbeError("cannot be seen")
+
+    looks["before"][2] = refused
+    with pytest.raises(ProbeError):
+        jail.remove_all(some, rules, host)
+    assert (aside_of(paths[0]) / "root" / "firecracker").exists()
+    assert [result(jail.remove(one, rules, host)) for one in some] == [r.REAPED] * 2
+
+
+def test_one_that_cannot_be_moved_has_a_look_of_its_own(base, rules, host, looks, started, namespace):
+    paths = several(base, 2)
+    mount("none", paths[0], "tmpfs")
+    some = tokens_of(paths, rules, host)
+    looks["count"] = 0
+    looks["before"][3] = lambda: started.append(child(lambda: os.chdir(paths[0])))
+    outcomes = jail.remove_all(some, rules, host)
+    assert [result(one) for one in outcomes] == [r.DEFERRED, r.REAPED]
+    assert os.path.ismount(paths[0]) and os.listdir(base / "firecracker") == [paths[0].name]
+    os.kill(started[0], signal.SIGKILL)
+    os.waitpid(started[0], 0)
+    (outcome,) = jail.set_aside_all(some[:1], rules, host)
+    assert (result(outcome), outcome["waits"]) == (r.DEFERRED, True)
+    assert jail.ASIDE not in os.listdir(base / "firecracker")
 
 
 RACER = """

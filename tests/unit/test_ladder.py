@@ -341,6 +341,42 @@ def test_row_30_killed_while_it_set_aside():
     assert (there["ledger"]["aside"], there["ledger"]["intents"], steps(there)) == ([], [], {"v1.jail": "aside"})
 
 
+def test_row_30_killed_while_it_removed_at_once_what_it_moves_before():
+    before = remembered(plan(facts(JAIL)))
+    result = plan(facts(JAIL, now=1060.0, ledger=before))
+    assert steps(result) == {"v1.jail": "remove"}
+    ledger = killed(result, before)
+    # It had moved the jail, and perhaps removed a part of it: it goes, as what was set aside does.
+    moved = plan(facts(now=1200.0, ledger=ledger))
+    (token,) = moved["reap"]
+    assert (token["step"], token["resume"], token["since"], moved["ledger"]["intents"]) == ("remove", True, 1200.0, [])
+    # One that has a hold by now waits for it, and can be brought back.
+    held = plan(facts(now=1200.0, ledger=ledger), hold=HOLD)
+    assert (names(held), held["ledger"]["aside"][0]["state"]) == ([], "aside")
+    # It had not come to it.
+    there = plan(facts(JAIL, now=1200.0, ledger=ledger))
+    assert (there["ledger"]["aside"], "resume" in there["reap"][0]) == ([], False)
+    # Of a kind that is not moved nothing is out of its place.
+    one = thing("snapshot", "v1")
+    before = remembered(plan(facts(one)))
+    ledger = killed(plan(facts(one, now=1060.0, ledger=before)), before)
+    assert names(plan(facts(now=1200.0, ledger=ledger))) == []
+
+
+def test_row_30_killed_while_it_removed_a_jail_that_had_waited_in_its_place():
+    before = struck(JAIL)
+    result = plan(facts(JAIL, now=1060.0, ledger=before), hold=HOLD)
+    left = [dict(one, waits=True) for one in outcomes(result["reap"], r.DEFERRED)]
+    moment = {"since": 1061.0, "boot_id": BOOT, "sweep": "s1"}
+    before = acts.settled(remembered(result, before), result["reap"], left, moment)
+    ledger = killed(plan(facts(JAIL, now=4661.0, ledger=before), hold=HOLD), before)
+    assert [(one["state"], one["step"]) for one in ledger["intents"]] == [("waiting", "remove")]
+    moved = plan(facts(now=4700.0, ledger=ledger), hold=HOLD)
+    assert [(one["step"], one["resume"], one["since"]) for one in moved["reap"]] == [("remove", True, 1061.0)]
+    there = plan(facts(JAIL, now=4700.0, ledger=ledger), hold=HOLD)
+    assert [(one["step"], "resume" in one) for one in there["reap"]] == [("remove", False)]
+
+
 def test_row_30_killed_while_it_froze():
     one, how = thing("cgroup", "v1", in_use=True), {"hold": 600, "running": "confirmed"}
     before = remembered(plan(facts(one), **how))
@@ -594,6 +630,28 @@ def test_row_32_what_is_aside_is_found_when_the_ledger_is_lost(host):
     host.sweep()
     host.clock += 3600
     assert set(host.sweep().values()) == {"reaped"} and os.listdir(host.base / "fc") == []
+
+
+def test_row_30_a_reaper_that_was_killed_when_it_had_moved_them_is_followed_by_one_that_removes_them(host):
+    dead, live = [host.make("v1"), host.make("v2"), host.make("v3")], host.make("v4")
+    before = tree(live)
+    assert host.sweep(["v4"], hold=0) == {}
+    pid = os.fork()
+    if pid == 0:
+        try:
+            acts.Hands._call = lambda hands, kind, act, argument: hands._work([kind, act, argument])
+            jail._look_again = lambda jails: os._exit(9)
+            host.sweep(["v4"], hold=0)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    assert sorted(os.listdir(host.base / "fc")) == [jail.ASIDE, "v4"]
+    assert [token["name"] for token in ledgers.load(host.state, REALM)[0]["intents"]] == [str(one) for one in dead]
+    host.clock += 100
+    assert host.sweep(["v4"], hold=0) == {str(one): "reaped" for one in dead}
+    assert os.listdir(host.base / "fc") == ["v4"] and tree(live) == before
+    ledger = ledgers.load(host.state, REALM)[0]
+    assert (ledger["intents"], ledger["aside"]) == ([], [])
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")

@@ -621,7 +621,7 @@ def test_row_30_what_an_earlier_reaper_began_is_finished():
 
 
 def test_row_30_a_kind_that_shows_all_it_has_needs_no_intent():
-    result = plan(facts(ledger=dict(ledgers.empty(REALM), intents=[half_removed("jail")])))
+    result = plan(facts(ledger=dict(ledgers.empty(REALM), intents=[half_removed("cgroup")])))
     assert (result["reap"], result["ledger"]["intents"]) == ([], [])
 
 

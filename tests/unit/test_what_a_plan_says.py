@@ -286,5 +286,5 @@ def test_row_03_a_source_that_is_left_out_for_once_is_not_forgotten():
 
 def test_an_intent_that_is_forgotten_does_not_hide_the_next():
     intent = {"kind": "dm_thin", "vm_id": "v1", "identity": "i", "parent": None, "stop": True, "details": {}}
-    begun = [dict(intent, kind="jail", name="j"), dict(intent, name="d")]
+    begun = [dict(intent, kind="cgroup", name="j"), dict(intent, name="d")]
     assert names(plan(facts(ledger=dict(ledgers.empty(REALM), intents=begun)))) == ["d"]

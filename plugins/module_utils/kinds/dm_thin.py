@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import errno
 import os
 import re
 import stat
@@ -93,7 +94,7 @@ def prepare(tokens, _rules, host):
 def set_aside(token, rules, host):
     """Deactivate the volume. One that could not be told from another one later is left active."""
     refused, volume = _removable(token, rules, host)
-    why = None if refused else _would_be_lost(token, volume, host)
+    why = None if refused else _would_be_lost(token, volume)
     if why:
         return dict(r.outcome(token, r.DEFERRED, "left active until reap_hold is over: %s" % why), waits=True)
     return refused or _deactivate(token, volume, host) or r.outcome(token, r.SET_ASIDE)
@@ -107,7 +108,7 @@ def bring_back(token, rules, host):
     refused = refused or _unproved(token, pool, host)
     if refused:
         return refused
-    if any(device.name == token["name"] for device in dm.devices(host).values()):
+    if dm.named(token["name"]):
         return r.outcome(token, r.DEFERRED, "another device has its name now")
     details = token["details"]
     table = "0 %d thin %s %d" % (details["size_sectors"], pool.number, details["thin_id"])
@@ -187,14 +188,14 @@ def _node(name):
     return os.path.join("/dev/mapper", name)
 
 
-def _would_be_lost(token, volume, host):
+def _would_be_lost(token, volume):
     """Return why nothing would prove, once the volume is inactive, that its thin id still stands for it, or None."""
     record = token["details"].get("record")
     if not record:
         return "the metadata of pool %s could not be read (thin_dump)" % volume.pool.name
     if not record["device"][3]:
         return "it is empty, and nothing tells it from another empty one"
-    table = dm.table(host, volume.device.number, "thin")
+    table = dm.table(volume.device.number, "thin")
     return "it has an external origin" if table is None or len(table.words) != 2 else None
 
 
@@ -286,19 +287,19 @@ def _age(number):
 def _removable(token, rules, host):
     """Return ``(OUTCOME | None, Volume)``; None when the token's volume may be deactivated and deleted now."""
     number = token["details"]["device"]
-    # What can be read without dmsetup is read first: it never hangs.
+    # What can be read from sysfs is read first: that never hangs.
     if not _is_there(token, host):
-        return _gone_or_another(token, host), None
+        return _gone_or_another(token), None
     if dm.attribute(number, "dm/suspended") == "1":
         return r.outcome(token, r.DEFERRED, "suspended", holders=[r.holder("suspended", token["name"])]), None
-    device = dm.device(host, number)
-    table = dm.table(host, number, "thin")
+    device = dm.device(number)
+    table = dm.table(number, "thin")
     if table and table.words == FAILED_POOL:
         failed = r.holder("pool", "%s: Fail" % token["details"]["pool"])
         return r.outcome(token, r.DEFERRED, "its pool has failed", holders=[failed]), None
     volume = _volume(device, table, thin_pool.pool) if device and table and device.segments == 1 else None
     if volume is None or device.name != token["name"] or _identity(volume, host) != token["identity"]:
-        return _gone_or_another(token, host), None
+        return _gone_or_another(token), None
     if _vm_id(r.Names(KIND, rules), device.name, volume.pool) != token["vm_id"]:
         return r.outcome(token, r.FAILED, "no rule says that it belongs to this VM"), None
     if device.open:
@@ -326,8 +327,8 @@ def _is_inactive(token, host):
     return bool(token.get("resume")) and not _is_there(token, host)
 
 
-def _gone_or_another(token, host):
-    if any(device.name == token["name"] for device in dm.devices(host).values()):
+def _gone_or_another(token):
+    if dm.named(token["name"]):
         return r.outcome(token, r.IDENTITY_CHANGED, "another volume of the same name is there now")
     return r.outcome(token, r.ALREADY_GONE)
 
@@ -346,27 +347,43 @@ def _deactivate(token, volume, host):
     uuid = volume.device.uuid
     if not uuid:
         uuid = "%s%s:%s" % (TAG, host.boot_id, dm.incarnation(number))
-        rc, _out, err = dm.dmsetup(host, "rename", "--setuuid", "--", token["name"], uuid)
-        if rc != 0:
-            return r.outcome(token, r.FAILED, "cannot be marked for removal: %s" % dm.reason(err))
+        try:
+            dm.set_uuid(token["name"], uuid)
+        except OSError as err:
+            return r.outcome(token, r.FAILED, "cannot be marked for removal: %s" % err.strerror)
     if not _is_there(token, host) or dm.attribute(number, "dm/uuid") != uuid:
-        return _gone_or_another(token, host)
+        return _gone_or_another(token)
+    return _removed(token, uuid, host)
+
+
+def _removed(token, uuid, host):
+    """Remove the device with this uuid; return None when it is gone, else an OUTCOME."""
     for attempt in range(BUSY_TRIES):
         if attempt:
             time.sleep(BUSY_PAUSE)
-        rc, _out, err = dm.dmsetup(host, "remove", "--uuid", uuid)
-        if rc == 0 or dm.BUSY not in err:
-            break
-    if dm.NO_SUCH_DEVICE in err:
-        return r.outcome(token, r.ALREADY_GONE)
-    if dm.BUSY in err:
-        return _busy(token)
-    if rc != 0 or _is_there(token, host):
-        return r.outcome(token, r.FAILED, dm.reason(err) or "still there after dmsetup said that it was removed")
-    if os.path.lexists(_node(token["name"])):
-        # Removal by uuid leaves the node to udevd, which does not run everywhere.
-        dm.dmsetup(host, "mknodes", "--", token["name"])
-    return None
+        try:
+            dm.remove(uuid)
+        except OSError as err:
+            if err.errno == errno.EBUSY:
+                continue
+            if err.errno == errno.ENXIO and not _is_there(token, host):
+                return r.outcome(token, r.ALREADY_GONE)
+            return r.outcome(token, r.FAILED, "cannot be deactivated: %s" % err.strerror)
+        if _is_there(token, host):
+            return r.outcome(token, r.FAILED, "still there after the kernel said that it was removed")
+        _remove_node(token["name"], token["details"]["device"])
+        return None
+    return _busy(token)
+
+
+def _remove_node(name, number):
+    """Remove the node of a device that is gone. Where udevd runs that is for it to do, and it may not have yet."""
+    if os.path.exists(dm.UDEV_CONTROL) or dm.attribute(number, "dm/name") is not None:
+        return  # the number is that of another device already
+    with contextlib.suppress(OSError):
+        status = os.lstat(_node(name))
+        if stat.S_ISBLK(status.st_mode) and dm.as_number(status.st_rdev) == number:
+            os.unlink(_node(name))
 
 
 def _delete(token, pool, thin_id, host):
@@ -386,9 +403,8 @@ def _resumable(token, rules, host):
     """Return ``(OUTCOME | None, Pool)``; None when nobody uses the thin id and the pool can take a delete."""
     details = token["details"]
     where = "thin id %d of pool %s" % (details["thin_id"], details["pool"])
-    devices = dm.devices(host)
-    number = next((one.number for one in devices.values() if one.name == details["pool"]), None)
-    pool = thin_pool.pool(number) if number else None
+    device = dm.named(details["pool"])
+    pool = thin_pool.pool(device.number) if device else None
     if pool is None or pool.uuid != details["pool_uuid"]:
         return r.outcome(token, r.DEFERRED, "%s remains: the pool is not active" % where), None
     if _vm_id(r.Names(KIND, rules), token["name"], pool) != token["vm_id"]:

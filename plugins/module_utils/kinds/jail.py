@@ -7,16 +7,20 @@ in which a process has its root, working directory or executable is in use. What
 that is unmounted, never descended into.
 
 A jail is set aside by a rename, into ``.microvm.reaper/<hash of its identity>/`` beside it, which only the reaper's
-user can enter. It keeps all that it was, what is mounted in it too.
+user can enter. It keeps all that it was, what is mounted in it too. What is to be removed at once is moved aside first
+too, where nobody else can enter it any more, and then who is in it is looked for. That look, at all processes of the
+host, is one for many jails.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import hashlib
 import os
 import re
 import time
+import typing
 
 from .. import blame, mounts, processes, safe_read, safe_tree
 from .. import resource as r
@@ -42,6 +46,9 @@ MAX_HOLDERS = 20
 # How much a witness tells of a jail.
 MAX_LISTED, LISTED_DEPTH = 300, 6
 MAX_LOGS, LOG_BYTES = 10, 64 * 1024
+# How many are held open and looked at together, each by two descriptors, and how long after the look one may go.
+TOGETHER = 50
+TOGETHER_SECONDS = 2.0
 
 
 def collect(rules, host):
@@ -76,20 +83,150 @@ def inspect(token, rules, host):
 
 def set_aside(token, rules, host):
     """Move the jail aside as it is."""
-    return _with_tree(token, rules, lambda token, tree: _refusal(token, tree) or _set_aside(token, tree))
+    return set_aside_all([token], rules, host)[0]
+
+
+def set_aside_all(tokens, rules, host):
+    """Move jails aside, the first of them."""
+    with _opened(tokens, rules) as jails:
+        _look(jails)
+        for jail in jails:
+            jail.decide(_move)
+        _look_again(jails)
+        for jail in jails:
+            jail.decide(lambda jail: dict(r.outcome(jail.token, r.SET_ASIDE), aside={"path": jail.tree.path}))
+        return [jail.outcome for jail in jails]
 
 
 def bring_back(token, rules, host):
     """Move a jail that was set aside back to where it was, unless something else is there now."""
     back = _with_tree(token, rules, _is_back, _home)
-    if back["outcome"] not in (r.ALREADY_GONE, r.IDENTITY_CHANGED):
-        return back
-    return _with_tree(token, rules, _bring_back)
+    if back["outcome"] in (r.ALREADY_GONE, r.IDENTITY_CHANGED):
+        return _with_tree(token, rules, _bring_back)
+    _tidy(token, rules)
+    return back
 
 
 def remove(token, rules, host):
     """Unmount what is mounted in the jail, remove all that is in it, then the jail. What is above it stays."""
-    return _with_tree(token, rules, lambda token, tree: _refusal(token, tree) or _remove(token, tree, host))
+    return remove_all([token], rules, host)[0]
+
+
+def remove_all(tokens, rules, host):
+    """Remove jails, as many of the first of them as two seconds are enough for.
+
+    The rest of those that were looked at is aside by then, and found there by the next call, or the next sweep.
+    """
+    with _opened(tokens, rules) as jails:
+        _look(jails)
+        for jail in jails:
+            jail.decide(lambda jail: _move(jail, must=False))
+        _look_again(jails)
+        end = boottime() + min(TOGETHER_SECONDS, host.remaining() - RESERVE_SECONDS)
+        for place, jail in enumerate(jails):
+            if place and boottime() > end:
+                return [one.outcome for one in jails[:place]]
+            jail.decide(lambda jail: _remove(jail, host))
+            if jail.outcome["outcome"] == r.ALREADY_GONE:
+                _tidy(jail.token, rules)
+        return [jail.outcome for jail in jails]
+
+
+class _Jail:
+    """The jail of a token, held open; ``outcome`` once it is decided. ``is_away``: it is not where its name says."""
+
+    def __init__(self, token):
+        self.token = token
+        self.tree: typing.Any = None
+        self.outcome: typing.Any = None
+        self.is_away = False
+        self.is_moved = False  # by us, and now
+
+    def decide(self, act):
+        """Act on a jail about which nothing is decided, which no failure of an earlier one prevents."""
+        if self.outcome is not None:
+            return
+        try:
+            self.outcome = act(self)
+        except FileNotFoundError:
+            self.outcome = r.outcome(self.token, r.ALREADY_GONE)
+        except NotADirectoryError:
+            self.outcome = r.outcome(self.token, r.IDENTITY_CHANGED, "something that is not a directory is there now")
+        except OSError as err:
+            self.outcome = dict(r.outcome(self.token, r.FAILED, str(err)), unfinished=True)
+
+    def open(self, rules):
+        """Open it where it was moved aside, also by a call that did not come to remove it, or where its name says."""
+        place = _locate(self.token, rules)
+        if place is None:
+            return r.outcome(self.token, r.FAILED, "not below a configured jail base, or not the name of this VM")
+        base, names = place
+        aside = _aside(names, self.token["identity"])
+        with contextlib.suppress(*() if self.token.get("resume") else (FileNotFoundError, NotADirectoryError)):
+            self.tree = safe_tree.Tree(base, aside)
+            self.is_away = aside != names
+            if self.token.get("resume") or self.tree.identity() == self.token["identity"]:
+                return None
+            self.close()
+        self.tree, self.is_away = safe_tree.Tree(base, names), False
+        return None
+
+    def close(self):
+        """Let go of it."""
+        if self.tree is not None:
+            self.tree.close()
+
+    def is_aside(self):
+        """Tell whether it lies where what was set aside does, also one that is called by that."""
+        return os.path.basename(os.path.dirname(os.path.dirname(self.tree.path))) == ASIDE
+
+    def move_back(self):
+        """Undo the move, or have the outcome say that it has to be looked for."""
+        try:
+            self.tree.move_up()
+            self.is_away = self.is_moved = False
+        except (safe_tree.Busy, OSError) as err:
+            message = "%s; and it could not be moved back: %s" % (self.outcome["message"], err)
+            self.outcome = dict(self.outcome, message=message, unfinished=True)
+
+
+@contextlib.contextmanager
+def _opened(tokens, rules):
+    """Give the _Jails of the first of the tokens, of which none is in another one."""
+    chosen = []
+    for token in tokens[:TOGETHER]:
+        pairs = [pair for one in chosen for pair in ((one["name"], token["name"]), (token["name"], one["name"]))]
+        if any(mounts.is_same_or_above(*pair) for pair in pairs):
+            break
+        chosen.append(token)
+    jails = [_Jail(token) for token in chosen]
+    try:
+        for jail in jails:
+            jail.decide(lambda jail: jail.open(rules))
+        yield jails
+    finally:
+        for jail in jails:
+            jail.close()
+
+
+def _look(jails):
+    """Decide about the jails that are other ones, and about those that a process is in. One look at all processes."""
+    for jail in jails:
+        jail.decide(lambda jail: _another(jail.token, jail.tree))
+    left = [jail for jail in jails if jail.outcome is None]
+    inside = _inside({jail.tree.path for jail in left}, processes.places(mounts.read())) if left else {}
+    for jail in left:
+        if inside[jail.tree.path]:
+            jail.outcome = _in_use(jail.token, inside[jail.tree.path])
+
+
+def _look_again(jails):
+    """Move back, of the jails that were moved aside, those into which a process went meanwhile."""
+    moved = [jail for jail in jails if jail.is_moved]
+    _look(moved)
+    for jail in moved:
+        if jail.outcome is not None:
+            jail.move_back()
 
 
 def witness(token, rules, host):
@@ -164,38 +301,47 @@ def _with_tree(token, rules, act, where=None):
         return r.outcome(token, r.IDENTITY_CHANGED, "something that is not a directory is there now")
 
 
-def _refusal(token, tree, path=None):
+def _tidy(token, rules):
+    """Remove what a reaper that was killed left of the place in which a jail lay aside."""
+    place = _locate(token, rules)
+    if place is not None:
+        safe_tree.remove_empty(place[0], _aside(place[1], token["identity"])[:-1])
+
+
+def _refusal(token, tree):
+    refused = _another(token, tree)
+    inside = set() if refused else _inside({tree.path}, processes.places(mounts.read()))[tree.path]
+    return _in_use(token, inside) if inside else refused
+
+
+def _another(token, tree):
     if tree.identity() != token["identity"]:
         return r.outcome(token, r.IDENTITY_CHANGED, "another jail of the same name is there now")
-    path = path or tree.path
-    by = collections.defaultdict(list)
-    for pid, name in _inside({path}, processes.places(mounts.read()))[path]:
-        by[pid].append(name)
-    if by:
-        holders = [blame.process(pid, by[pid]) for pid in sorted(by)[:MAX_HOLDERS]]
-        return r.outcome(token, r.DEFERRED, "processes are in it", holders=[one for one in holders if one])
     return None
 
 
-def _set_aside(token, tree):
-    if os.path.basename(os.path.dirname(os.path.dirname(tree.path))) == ASIDE:
-        return _is_aside(token, tree.path)  # by a reaper whose ledger was lost
+def _in_use(token, inside):
+    by = collections.defaultdict(list)
+    for pid, name in inside:
+        by[pid].append(name)
+    holders = [blame.process(pid, by[pid]) for pid in sorted(by)[:MAX_HOLDERS]]
+    return r.outcome(token, r.DEFERRED, "processes are in it", holders=[one for one in holders if one])
+
+
+def _move(jail, must=True):
+    """Move a jail aside; None when it is there. One that cannot be moved is left where it is, if it need not."""
+    if jail.is_aside():  # moved there before, perhaps by a reaper whose ledger was lost
+        return None
     try:
-        moved = tree.move_below(ASIDE, _hash(token["identity"]))
+        jail.tree.move_below(ASIDE, _hash(jail.token["identity"]))
+        jail.is_away = jail.is_moved = True
     except safe_tree.Busy as err:
-        return r.outcome(token, r.DEFERRED, str(err))
+        return r.outcome(jail.token, r.DEFERRED, str(err))
     except safe_tree.Refused as err:
-        return dict(r.outcome(token, r.DEFERRED, "left where it is until reap_hold is over: %s" % err), waits=True)
-    # A process that went in while we looked.
-    refused = _refusal(token, tree, moved)
-    if refused:
-        tree.move_up()
-        return refused
-    return _is_aside(token, moved)
-
-
-def _is_aside(token, path):
-    return dict(r.outcome(token, r.SET_ASIDE), aside={"path": path})
+        if must:
+            left = r.outcome(jail.token, r.DEFERRED, "left where it is until reap_hold is over: %s" % err)
+            return dict(left, waits=True)
+    return None
 
 
 def _is_back(token, tree):
@@ -214,18 +360,34 @@ def _bring_back(token, tree):
     return r.outcome(token, r.RESTORED)
 
 
-def _remove(token, tree, host):
+def _remove(jail, host):
+    token, tree = jail.token, jail.tree
+    if not jail.is_aside():
+        # Anybody may have gone in since the look at all of them: this one has a look of its own, right before it goes.
+        refused = _refusal(token, tree)
+        if refused:
+            return refused
     end = boottime() + min(REMOVE_SECONDS, host.remaining() - RESERVE_SECONDS)
     removal = safe_tree.Removal(tree.directory, lambda: boottime() > end)
+    has_begun = False
     try:
         if not tree.unmount():
+            has_begun = True
             removal.run()
         tree.remove()
-    except safe_tree.Busy as err:
-        return r.outcome(token, r.DEFERRED, str(err), bytes_given_back=removal.bytes)
-    except safe_tree.Refused as err:
-        return r.outcome(token, r.FAILED, str(err), bytes_given_back=removal.bytes)
-    if token.get("resume"):
+    except (safe_tree.Busy, safe_tree.Refused) as err:
+        result = r.DEFERRED if isinstance(err, safe_tree.Busy) else r.FAILED
+        path, message = tree.path, str(err)
+        jail.outcome = r.outcome(token, result, message, bytes_given_back=removal.bytes)
+        if jail.is_moved and not has_begun:
+            jail.move_back()
+        if not jail.is_away:
+            here = message.replace(safe_tree.shown(path), safe_tree.shown(token["name"]))
+            return dict(jail.outcome, message=here)
+        # Out of its place it is not seen: its intent is all that is known of it.
+        message = "%s; what is left of it is %s" % (jail.outcome["message"], safe_tree.shown(path))
+        return dict(jail.outcome, message=message, unfinished=True)
+    if jail.is_aside():
         tree.remove_parent()
     return r.outcome(token, r.REAPED, bytes_given_back=removal.bytes)
 
