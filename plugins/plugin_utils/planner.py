@@ -889,7 +889,7 @@ class _Ladder:
         is_out = traits and traits[ASIDE] == ALWAYS and not is_there
         if "since" in token:
             held = {key: value for key, value in token.items() if key not in OF_A_PLAN}
-            self._place(dict(held, state=ASIDE) if is_out else held)
+            self._place(dict(held, state=ASIDE) if is_out and self._status(held["kind"]) == "ok" else held)
         elif traits and (
             token.get("step") == ASIDE
             and (traits[ASIDE] == RUNNING or is_out)
