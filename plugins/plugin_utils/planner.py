@@ -59,6 +59,9 @@ ALWAYS = "always"
 RUNNING = "running"
 ANY_KIND = "*"
 
+# What a HELD, see ledger.py, has beside its TOKEN.
+OF_A_HOLD = ("since", "boot_id", "sweep", "state")
+
 DEFAULT_POLICY = {
     "realm": None,
     "host": None,
@@ -453,7 +456,9 @@ class _Judge:
 
         What was set aside, and is to be seen where it lies now, is the ladder's.
         """
-        aside = {(held["kind"], held["identity"]) for held in self.facts["ledger"]["aside"] if held["state"] == ASIDE}
+        ledger = self.facts["ledger"]
+        # An intent too: of a reaper that was killed when it had set something aside, or was removing that.
+        aside = {(one["kind"], one["identity"]) for one in ledger["aside"] + ledger["intents"]}
         return [
             resource
             for kind in sorted(self.kinds, key=lambda kind: self.kinds[kind]["order"])
@@ -805,6 +810,7 @@ class _Ladder:
             for one in _of_kind(judge.facts, kind)
             if not one["details"].get(ASIDE)
         }
+        self.back = {(key.partition(" ")[0], identity) for key, identity in self.present.items()}
         self.in_place, self.moved, self.unfinished = {}, [], []
         self.aside, self.intents, self.begins, self.notices = [], [], [], []
         for held in ledger["aside"]:
@@ -862,7 +868,8 @@ class _Ladder:
             if _key(token) in taken or self._speaks_against(token):
                 self.intents.append(token)
             else:
-                tokens.append(dict(token, stop=False, resume=True))
+                left = {key: value for key, value in token.items() if key not in OF_A_HOLD}
+                tokens.append(dict(left, stop=False, resume=True))
                 taken.add(_key(token))
                 self.begins = sorted({*self.begins, token["vm_id"]})
         self._notice_the_living()
@@ -876,7 +883,9 @@ class _Ladder:
         can_be_seen = traits and self._status(held["kind"]) == "ok"
         if is_there and (held["state"] != ASIDE or traits[ASIDE] == RUNNING):
             self.in_place[_key(held)] = held
-        elif not is_there and held["state"] == ASIDE and not (can_be_seen and traits[ASIDE] == RUNNING):
+        elif (held["kind"], held["identity"]) in self.back:
+            pass  # one that was found aside, after its ledger was lost, has another name there
+        elif held["state"] == ASIDE and not (can_be_seen and traits[ASIDE] == RUNNING):
             self.moved.append(held)
         elif not can_be_seen:
             self.aside.append(held)
@@ -885,20 +894,16 @@ class _Ladder:
         """Find out what a reaper that was killed left: only what cannot be seen in its place has to be remembered."""
         traits = self.kinds.get(token["kind"])
         is_there = self.present.get(_key(token)) == token["identity"]
+        is_half_gone = traits and traits["resumes"] and not is_there and token.get("step") != ASIDE
         # What is always set aside is moved before it is removed, also at once and where it had waited in its place.
-        is_out = traits and traits[ASIDE] == ALWAYS and not is_there
-        if "since" in token:
-            held = {key: value for key, value in token.items() if key not in OF_A_PLAN}
-            self._place(dict(held, state=ASIDE) if is_out and self._status(held["kind"]) == "ok" else held)
-        elif traits and (
-            token.get("step") == ASIDE
-            and (traits[ASIDE] == RUNNING or is_out)
-            or is_out
-            and not traits["resumes"]
-        ):
-            self._place(dict(self._held(token), state=ASIDE))
-        elif traits and traits.get("resumes") and not is_there:
+        is_moved = traits and traits[ASIDE] == ALWAYS and not is_there
+        if is_half_gone and token.get("state") != ASIDE:
             self.unfinished.append(token)
+        elif "since" in token:
+            held = {key: value for key, value in token.items() if key not in OF_A_PLAN}
+            self._place(dict(held, state=ASIDE) if is_moved and self._status(held["kind"]) == "ok" else held)
+        elif is_moved or traits and token.get("step") == ASIDE and traits[ASIDE] == RUNNING:
+            self._place(dict(self._held(token), state=ASIDE))
 
     def _step(self, key, member):
         held = self.in_place.get(key)
@@ -927,8 +932,8 @@ class _Ladder:
         pairs = [
             (key, _key(holder)) for key, member in going.items() for holder in member["holders"] if "kind" in holder
         ]
-        early = {key for pair in pairs if {steps[one] == REMOVE for one in pair} == {True, False} for key in pair}
-        early = [key for key in sorted(early) if steps[key] == REMOVE]
+        apart = [pair for pair in pairs if len({steps.get(one) == REMOVE for one in pair}) == 2]
+        early = {key for pair in apart for key in pair if steps.get(key) == REMOVE}
         steps.update(dict.fromkeys(early, WAIT))
         return bool(early)
 

@@ -1,10 +1,11 @@
-"""Runs on a test host with thin volumes: kills the reaper at each step that matters, and looks what the next one does.
+"""Runs on a test host: kills the reaper at each step that matters, and looks what the next one does.
 
-    stops.py CASE [FIRST [COUNT]]    print {"steps": N, "tried": [...], "problems": [...]}
+    stops.py CASE KINDS [CGROUP]    print {"steps": N, "tried": [...], "problems": [...]}
 
 A step is a call that changes something, or tells another process to: every one is counted, in the reaper and in its
 children, and the reaper is killed, with the child that has got there, right before the step. The collection lies in
-/tmp/reaper. CASE is remove, aside, finish or undo.
+/tmp/reaper. CASE is remove, aside, finish or undo; KINDS are some of cgroup,jail,dm_thin; CGROUP is where cgroups are
+made, a path below the mount of the v2 hierarchy.
 """
 
 import contextlib
@@ -30,14 +31,18 @@ REALM = "stops"
 STATE = "/var/lib/stops"
 JAILS = Path("/srv/stops")
 SENTINEL = Path("/srv/stops-sentinel")
-CGROUPS = Path("/sys/fs/cgroup/stops")
+KINDS = sys.argv[2].split(",")
+CGROUP = (sys.argv + ["stops"])[3]
+MOUNT = next(line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines() if " - cgroup2 " in line)
+CGROUPS = Path(MOUNT) / CGROUP
 POOL = "stops-pool"
 IMAGES = Path("/run/thin") / POOL
-RULES = {
-    "cgroup": [{"root": "stops", "name": "(?P<vm_id>v[a-z]+)"}],
+ALL_RULES = {
+    "cgroup": [{"root": CGROUP, "name": "(?P<vm_id>v[a-z]+)"}],
     "jail": [{"base": str(JAILS), "exec": "fc", "name": "(?P<vm_id>v[a-z]+)", "evidence": ["root/*.log"]}],
     "dm_thin": [{"name": "stops-rw-(?P<vm_id>v[a-z]+)"}],
 }
+RULES = {kind: ALL_RULES[kind] for kind in KINDS}
 SHARE = {
     "realm": REALM, "source": "stops", "epoch": 1, "epochs": {}, "counts": {}, "generated_at": 1_800_000_000.0,
     "age": 0.0, "count": 1, "proven": True, "host_known": True, "live": ["vlive"], "elsewhere": {},
@@ -74,23 +79,29 @@ def remove_pool():
 
 def plant(vm_id):
     """Make all that a VM has: a cgroup in which something runs, a jail with a log, a volume with data."""
-    number = THIN_IDS[vm_id]
-    sh(
-        f"dmsetup message {POOL} 0 'create_thin {number}'; "
-        f"dmsetup create stops-rw-{vm_id} --table '0 2048 thin /dev/mapper/{POOL} {number}'; dmsetup mknodes; "
-        f"yes {vm_id} | head -c 200000 > /dev/mapper/stops-rw-{vm_id}; sync /dev/mapper/stops-rw-{vm_id}"
-    )
+    if "dm_thin" in KINDS:
+        number = THIN_IDS[vm_id]
+        sh(
+            f"dmsetup message {POOL} 0 'create_thin {number}'; "
+            f"dmsetup create stops-rw-{vm_id} --table '0 2048 thin /dev/mapper/{POOL} {number}'; dmsetup mknodes; "
+            f"yes {vm_id} | head -c 200000 > /dev/mapper/stops-rw-{vm_id}; sync /dev/mapper/stops-rw-{vm_id}"
+        )
+    if "jail" in KINDS:
+        plant_jail(vm_id)
+    running = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+    if "cgroup" in KINDS:
+        (CGROUPS / vm_id / "below").mkdir(parents=True)
+        (CGROUPS / vm_id / "below" / "cgroup.procs").write_text(str(running.pid))
+    return running
+
+
+def plant_jail(vm_id):
     root = JAILS / "fc" / vm_id / "root"
     (root / "run").mkdir(parents=True)
     (root / "vm.log").write_text("started\n" * 50)
     os.symlink("/etc/passwd", root / "link")
     os.mkfifo(root / "run" / "fifo")
     os.chmod(root.parent, 0o710)
-    cgroup = CGROUPS / vm_id
-    (cgroup / "below").mkdir(parents=True)
-    running = subprocess.Popen(["sleep", "1000"], start_new_session=True)
-    (cgroup / "below" / "cgroup.procs").write_text(str(running.pid))
-    return running
 
 
 def clear():
@@ -108,9 +119,10 @@ def clear():
                         path.rmdir()
                         break
                     time.sleep(0.01)
-    for vm_id, number in THIN_IDS.items():
-        sh(f"dmsetup remove --retry stops-rw-{vm_id}; dmsetup mknodes", check=False)
-        sh(f"dmsetup message {POOL} 0 'delete {number}'", check=False)
+    for vm_id, number in THIN_IDS.items() if "dm_thin" in KINDS else ():
+        sh(f"dmsetup remove --retry stops-rw-{vm_id}; dmsetup message {POOL} 0 'delete {number}'", check=False)
+    if "dm_thin" in KINDS:
+        sh("dmsetup mknodes")
     shutil.rmtree(JAILS, ignore_errors=True)
     shutil.rmtree(STATE, ignore_errors=True)
 
@@ -129,13 +141,13 @@ def tree(root):
 
 def look(vm_id):
     """Return all that there is of a VM, by other means than the reaper's."""
-    name = f"stops-rw-{vm_id}"
-    table = sh(f"dmsetup table {name}; dmsetup info -c --noheadings -o uuid,attr {name}", check=False).split()
-    there = os.path.exists(f"/dev/mapper/{name}")
+    node, volume = f"/dev/mapper/stops-rw-{vm_id}", None
+    if os.path.exists(node):
+        look_at = f"dmsetup table {node}; dmsetup info -c --noheadings -o uuid,attr {node}; md5sum < {node}"
+        volume = sh(f"{look_at}; stat -Lc '%a %u %g' {node}")
     return {
         "jail": tree(JAILS / "fc" / vm_id),
-        "volume": table,
-        "data": sh(f"md5sum < /dev/mapper/{name}; stat -Lc '%a %u %g' /dev/mapper/{name}") if there else None,
+        "volume": volume,
         "cgroup": sorted(str(path) for path in CGROUPS.rglob("*") if path.is_dir() and vm_id in path.parts),
         "running": (CGROUPS / vm_id / "cgroup.events").read_text() if (CGROUPS / vm_id).exists() else None,
     }
@@ -154,9 +166,10 @@ def thin_ids():
 def leaks():
     """Return what must never be left: our own metadata snapshot, mounts, locks that are held, odd files."""
     found = []
-    status = sh(f"dmsetup status {POOL}").split()
-    if status[6] != "-":
-        found.append("a metadata snapshot is held: " + status[6])
+    if "dm_thin" in KINDS:
+        status = sh(f"dmsetup status {POOL}").split()
+        if status[6] != "-":
+            found.append("a metadata snapshot is held: " + status[6])
     if str(JAILS) in Path("/proc/self/mountinfo").read_text():
         found.append("a mount is left")
     left = sorted(path.name for path in (JAILS / "fc").glob("*")) if (JAILS / "fc").exists() else []
@@ -221,6 +234,7 @@ def sweep(hold):
     assert not bad, bad
     host = probe.Host(probe.boottime() + 30.0, STATE)
     kept = evidence.Evidence(STATE, REALM, {})
+    evidence.detached = lambda function, keep: None  # what goes on in the background has no place in the order of steps
     with acts.Hands(RULES, host, ORDER) as hands:
         return acts.apply(plan, hands, STATE, REALM, sweep="stops", evidence=kept)
 
@@ -298,7 +312,7 @@ def judge(live, after):
     gone = look("vdead")
     if any(gone[key] for key in ("jail", "volume", "cgroup")) or (JAILS / "fc" / ".microvm.reaper").exists():
         found.append(f"something is left: {gone} after {after}")
-    if thin_ids() != [THIN_IDS["vlive"]]:
+    if "dm_thin" in KINDS and thin_ids() != [THIN_IDS["vlive"]]:
         found.append(f"thin ids: {thin_ids()} after {after}")
     ledger, problem = ledgers.load(STATE, REALM)
     if problem or ledger["intents"] or ledger["aside"] or "vdead" in str(ledger["strikes"]):
@@ -313,22 +327,21 @@ def judge(live, after):
 
 def main():
     global sentinel
-    case, first, count = sys.argv[1], int((sys.argv + ["0"])[2]), int((sys.argv + ["0", "100000"])[3])
+    case = sys.argv[1]
     SENTINEL.mkdir(exist_ok=True)
     (SENTINEL / "file").write_text("precious")
     sentinel = tree(SENTINEL)
     os.environ.update(DM_DISABLE_UDEV="1", LC_ALL="C", PATH="/usr/sbin:/usr/bin:/sbin:/bin:/opt/test")
-    CGROUPS.mkdir(exist_ok=True)
-    remove_pool()
-    sh(f"mkpool {POOL} 64")
-    problems, tried, steps = [], [], 0
+    CGROUPS.mkdir(parents=True, exist_ok=True)
+    if "dm_thin" in KINDS:
+        remove_pool()
+        sh(f"mkpool {POOL} 64")
+    problems, tried = [], []
     try:
-        if first == 0:
-            steps, found = attempt(case, 0)
-            problems += [f"undisturbed: {one}" for one in found]
-            first = 1
-        at = first
-        while not problems and len(tried) < count:
+        steps, found = attempt(case, 0)
+        problems += [f"undisturbed: {one}" for one in found]
+        at = 1
+        while not problems:
             steps, found = attempt(case, at)
             tried.append(at)
             problems += [f"killed at step {at}: {one}" for one in found]
@@ -337,7 +350,8 @@ def main():
             at += 1
     finally:
         clear()
-        remove_pool()
+        if "dm_thin" in KINDS:
+            remove_pool()
         with contextlib.suppress(OSError):
             CGROUPS.rmdir()
         shutil.rmtree(SENTINEL)

@@ -23,25 +23,31 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def host(kernel):
+def killed(fleet, host, arguments):
+    """Run stops.py on a host, and look that no step was left out."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for part in ("module_utils", "plugin_utils"):
             archive.add(ROOT / "plugins" / part, f"ansible_collections/microvm/reaper/plugins/{part}")
-    argv = hosts_py("exec", "--state", kernel.state, "kern", "--", "mkdir -p /tmp/reaper; tar -C /tmp/reaper -xf -")
+    argv = hosts_py("exec", "--state", fleet.state, host, "--", "mkdir -p /tmp/reaper; tar -C /tmp/reaper -xf -")
     subprocess.run(argv, input=buffer.getvalue(), check=True)
     script = (ROOT / "tests/hosts/stops.py").read_text()
-    kernel.run("kern", "cat > /run/stops.py", input=script, check=True)
-    return kernel
-
-
-@pytest.mark.parametrize("case", ["remove", "aside", "finish", "undo"])
-def test_killed_at_each_step(host, case):
-    done = host.run("kern", f"python3 /run/stops.py {case} 2>&1", timeout=580)
+    fleet.run(host, "cat > /run/stops.py", input=script, check=True)
+    done = fleet.run(host, f"python3 /run/stops.py {arguments} 2>&1", timeout=580)
     assert done.returncode == 0, done.stdout[-4000:]
     came_to = json.loads(done.stdout.splitlines()[-1])
     assert came_to["problems"] == []
     # Each step from the first on, and one more, at which there is nobody left to be killed.
     assert came_to["tried"] == list(range(1, came_to["steps"] + 2))
     assert came_to["steps"] > 20
+
+
+@pytest.mark.parametrize("case", ["remove", "aside", "finish", "undo"])
+def test_jails_and_cgroups(pair, case):
+    parent = pair.hosts()["one"]["test_cgroup_parent"]
+    killed(pair, "one", f"{case} jail,cgroup {parent}/stops")
+
+
+@pytest.mark.parametrize("case", ["remove", "aside", "finish", "undo"])
+def test_thin_volumes(kernel, case):
+    killed(kernel, "kern", f"{case} dm_thin")

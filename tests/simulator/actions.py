@@ -109,7 +109,7 @@ def revive(world):
         (thing.serial, host, thing.vm)
         for host in world.hosts
         for thing in [*host.things.values(), *host.aside.values()]
-        if not (thing.vm.is_followed or thing.vm.is_awaited) and thing.vm.number not in alive and thing.vm.realm == REALM
+        if not (thing.vm.is_followed or thing.vm.is_awaited or thing.vm.number in alive) and thing.vm.realm == REALM
     )
     if not left:
         return

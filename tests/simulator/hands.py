@@ -99,6 +99,8 @@ class Hands:
     def _is_aside(self, thing, token):
         self._was_taken(thing, token)
         thing.aside_since, thing.forgotten = self.world.now, False
+        if thing.serial in self.host.aside:
+            thing.chances, thing.dead_since = 0, None
         return r.outcome(token, r.SET_ASIDE)
 
     def _remove(self, thing, token):

@@ -44,10 +44,14 @@ def check(world, run, batch):
 
 
 def nothing_of_a_live_vm_is_reaped(batch):
-    """Neither a thing of a VM that lives there, nor one that it runs on, is removed, ended, frozen or set aside. What is
-    left aside of a VM that lives there again stays too.
+    """Neither a thing of a VM that lives there, nor one that it runs on, is removed, ended, frozen or set aside.
+
+    What is aside of a VM that began to live there again stays too; nobody misses what one left there that moved away.
     """
-    for host, thing in batch.touched():
+    revived = [
+        (host, one) for host, one in batch.from_aside if batch.before[host].aside.get(one, 0) < one.vm.revived
+    ]
+    for host, thing in batch.reaped + batch.aside + revived:
         if thing.vm.lives_on(host):
             _violated("live", "the %s was reaped on %s, where the VM lives", thing, host)
         for user in thing.used_by:
@@ -312,7 +316,9 @@ def orphans_go(world, batch):
                 thing.chances += 1
                 thing.last_chance = now
                 thing.dead_since = thing.dead_since or now
-                if thing.chances > terms.strikes() + CHANCES + 2 * terms.holds and now - thing.dead_since > patience:
+                is_aside = thing.serial in host.aside and not thing.forgotten
+                strikes = 1 if is_aside else terms.strikes() + 2 * terms.holds
+                if thing.chances > strikes + CHANCES and now - thing.dead_since > patience:
                     _violated(
                         "orphans", "the %s on %s is an orphan and was not reaped in %d sweeps", thing, host,
                         thing.chances,

@@ -74,7 +74,8 @@ class Before:
         self.machine, self.pins = host.machine, [*keep, *host.pins]
         self.is_strange = bool(host.other_realms) and host.bound is None
         # Since when things wait, and how full it was where they lie.
-        self.aside = {one: one.aside_since for one in host.everything() if one.aside_since is not None}
+        there = [*host.things.values(), *host.aside.values()]
+        self.aside = {one: one.aside_since for one in there if one.aside_since is not None}
         self.full = dict(host.full)
         # Of how many VMs something could begin to go.
         begun = {token["vm_id"] for token in host.ledger["intents"] if "since" not in token}

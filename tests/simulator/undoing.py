@@ -63,10 +63,12 @@ def bring_back(world, host, vm_id, sweep, until, trouble):
         return
     except Killed:
         is_killed = True
-    for _host, thing in trouble.restored:
-        thing.aside_since, thing.strikes, thing.first_strike, thing.last_strike = None, 0, None, -1e9
-        thing.chances, thing.dead_since = 0, None
-    if host.ledger is before and not is_killed and trouble.restored and world.now >= host.full_until:
+    if host.ledger is not before:
+        waited = [one for one in host.things.values() if (one.kind, one.identity) in known]
+        for thing in waited + [one for _host, one in trouble.restored]:
+            thing.aside_since, thing.strikes, thing.first_strike, thing.last_strike = None, 0, None, -1e9
+            thing.chances, thing.dead_since = 0, None
+    elif not is_killed and trouble.restored and world.now >= host.full_until:
         raise Violation("undo", "what was brought back on %s is aside by its ledger" % host)
     world.restored += len(trouble.restored)
     left = [] if is_killed else [one for one in meant if one.frozen or one.serial in host.aside]

@@ -182,8 +182,8 @@ class Host:
 
     def has_heard_of(self, vm):
         """Tell whether the host has heard the truth since all that the VM has on it must have been listed."""
-        known = vm.revived + LAG < self.heard_the_truth
-        return known and all(thing.born + LAG < self.heard_the_truth for thing in self.things.values() if thing.vm is vm)
+        begun = [vm.revived, *(thing.born for thing in self.things.values() if thing.vm is vm)]
+        return max(begun) + LAG < self.heard_the_truth
 
     def drop(self, thing):
         """Take a thing away, and what it used with it from its list of users."""

@@ -141,6 +141,15 @@ def test_what_is_back_in_its_place_is_forgotten_and_struck_anew():
     assert (names(result), result["ledger"]["aside"], verdicts(result)) == ([], [], {"v1.jail": "suspected"})
 
 
+def test_what_is_back_is_forgotten_under_any_name():
+    """By an undo that was killed, of a jail that was found aside after its ledger was lost."""
+    found = thing("jail", "v1", name="aside/v1.jail", identity="a", details={"aside": True})
+    ledger = aside(found)
+    there = thing("jail", "v1", identity="a")
+    assert plan(facts(there, now=1100.0, ledger=ledger), hold=HOLD)["ledger"]["aside"] == []
+    assert plan(facts(found, now=1100.0, ledger=ledger), hold=HOLD)["ledger"]["aside"] == ledger["aside"]
+
+
 def test_what_cannot_be_set_aside_waits_where_it_is():
     one = thing("snapshot", "v1")
     before = struck(one)
@@ -378,12 +387,43 @@ def test_row_30_killed_while_it_froze():
     assert names(result) == []
 
 
+def test_row_30_killed_while_it_removed_what_was_aside_and_can_be_seen():
+    ledger = aside(JAIL)
+    ledger = killed(plan(facts(now=9000.0, ledger=ledger), hold=HOLD), ledger)
+    seen = thing("jail", "v1", name="aside/v1", identity=JAIL["identity"], details={"aside": True})
+    again = plan(facts(seen, now=9100.0, ledger=ledger), hold=HOLD)
+    assert (steps(again), again["families"]) == ({"v1.jail": "remove"}, {})
+
+
 def test_row_30_killed_while_it_removed_what_was_aside():
     ledger = aside(JAIL)
     ledger = killed(plan(facts(now=9000.0, ledger=ledger), hold=HOLD), ledger)
     again = plan(facts(now=9100.0, ledger=ledger), hold=HOLD)
     assert steps(again) == {"v1.jail": "remove"} and again["reap"][0]["since"] == 1060.0
     assert "resume" not in str(again["ledger"])
+
+
+def test_row_30_killed_while_it_removed_what_had_waited_in_its_place():
+    """A volume that could not be set aside, and was only deactivated: it is finished, and not forgotten."""
+    one = thing("dm_thin", "v1")
+    before = struck(one)
+    result = plan(facts(one, now=1060.0, ledger=before), hold=HOLD)
+    left = [dict(outcome, waits=True) for outcome in outcomes(result["reap"], r.DEFERRED)]
+    moment = {"since": 1061.0, "boot_id": BOOT, "sweep": "s1"}
+    waiting = acts.settled(remembered(result, before), result["reap"], left, moment)
+    ledger = killed(plan(facts(one, now=9000.0, ledger=waiting), hold=HOLD), waiting)
+    later = plan(facts(now=9100.0, ledger=ledger), hold=HOLD)
+    assert steps(later) == {"v1.dm_thin": "remove"} and later["reap"][0]["resume"]
+    assert later["begins"] == ["v1"]
+    # Nor is it while it has to be put off.
+    deferred = [dict(outcome, unfinished=True) for outcome in outcomes(later["reap"], r.DEFERRED)]
+    after = acts.settled(remembered(later, ledger), later["reap"], deferred, {})
+    assert steps(plan(facts(now=9200.0, ledger=after), hold=HOLD)) == {"v1.dm_thin": "remove"}
+    lives = plan(facts(now=9100.0, ledger=ledger), share(["v1"]), hold=HOLD, clear_latch=REALM)
+    assert (names(lives), lives["ledger"]["intents"]) == ([], ledger["intents"])
+    # It had not come so far.
+    there = plan(facts(one, now=9100.0, ledger=ledger), hold=HOLD)
+    assert there["reap"][0]["since"] == 1061.0 and not there["reap"][0].get("resume")
 
 
 def test_what_was_put_off_is_aside_as_before():
