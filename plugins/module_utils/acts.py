@@ -42,8 +42,9 @@ class Hands:
     def do(self, act, token):
         """Return what a function of the kind, see all_kinds.py, says of the token, whatever happens to it."""
         kind = token["kind"]
-        if kind in self.hung:
-            deferred = r.outcome(token, r.DEFERRED, "not tried: %s" % self.hung[kind])
+        why = self._no_more(kind)
+        if why:
+            deferred = r.outcome(token, r.DEFERRED, "not tried: %s" % why)
             return dict(deferred, unfinished=True) if token.get("resume") else deferred
         try:
             return self._call(kind, act, token)
@@ -68,7 +69,7 @@ class Hands:
         Those that a kind began with and did not answer for are the first of the next call, or hang with it.
         """
         kind = tokens[0]["kind"]
-        if len(tokens) > 1 and kind not in self.hung:
+        if len(tokens) > 1 and not self._no_more(kind):
             try:
                 answers = self._call(kind, act + "_all", tokens)
                 if 0 < len(answers) <= len(tokens):
@@ -79,6 +80,12 @@ class Hands:
             except (ProbeError, OSError):
                 pass  # perhaps because of one of them: each on its own, it stops no other
         return [self.do(act, token) for token in tokens]
+
+    def _no_more(self, kind):
+        """Return why nothing of the kind is tried any more in this sweep, or None."""
+        if boottime() > self.host.deadline:
+            return "the time of this sweep (reap_deadline) is over"
+        return self.hung.get(kind)
 
     def prepare(self, tokens):
         """Return the tokens with what their kinds add, before an act, to prove after a crash what they were."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 from ansible.module_utils.basic import AnsibleModule
 
 from .gather import collect_all
-from .probe import Host, boottime
+from .probe import DeadlineExceeded, Host, ProbeError, boottime, in_a_child
 
 
 def rules_spec(kind):
@@ -18,6 +18,24 @@ def rules_spec(kind):
 def rules_of_all_kinds(kinds):
     """Return the argument spec of a mapping of kinds to their rules."""
     return {"type": "dict", "options": {kind.KIND: rules_spec(kind) for kind in kinds}}
+
+
+def bounded(module, work):
+    """Return what ``work(seconds)`` returns, JSON, or fail in words when the module's ``deadline`` is over before.
+
+    ``seconds`` is a little less than that: so what could not be done in time is still told. Only what hangs beside the
+    acts and looks, such as the file system of the state directory, is abandoned with all that was found.
+    """
+    deadline = module.params["deadline"]
+    try:
+        return in_a_child(lambda: work(deadline - min(10.0, deadline / 10)), deadline)
+    except DeadlineExceeded:
+        module.fail_json(
+            msg="nothing came of it within %g s (reap_deadline): look whether the file system of %s hangs; what was "
+            "begun is an intent in the ledger, and settled by the next sweep" % (deadline, module.params["state_dir"])
+        )
+    except ProbeError as err:
+        module.fail_json(msg=str(err))
 
 
 def run(spec, kinds_of):

@@ -284,6 +284,18 @@ def detached(function, *keep):
         os._exit(0)  # pylint: disable=disallowed-name
 
 
+def in_a_child(work, seconds):
+    """Return what ``work()`` returns, done in a child that is abandoned after so many seconds: DeadlineExceeded then.
+
+    What its children do then ends with the act that they are at.
+    """
+    worker = Worker(lambda _item: work())
+    try:
+        return worker.call(None, seconds)
+    finally:
+        worker.close()
+
+
 def _serve(function, requests, answers):
     """The child's side: answer until the parent closes the pipe. Never returns into the parent's code."""
     try:

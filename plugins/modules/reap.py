@@ -192,7 +192,7 @@ from ansible_collections.microvm.reaper.plugins.module_utils import acts
 from ansible_collections.microvm.reaper.plugins.module_utils import resource as r
 from ansible_collections.microvm.reaper.plugins.module_utils.all_kinds import BY_NAME, ORDER
 from ansible_collections.microvm.reaper.plugins.module_utils.evidence import DEFAULTS, Evidence
-from ansible_collections.microvm.reaper.plugins.module_utils.facts_module import rules_of_all_kinds
+from ansible_collections.microvm.reaper.plugins.module_utils.facts_module import bounded, rules_of_all_kinds
 from ansible_collections.microvm.reaper.plugins.module_utils.ledger import Busy, LedgerError
 from ansible_collections.microvm.reaper.plugins.module_utils.probe import Host, boottime
 
@@ -276,30 +276,41 @@ def main():
         problem = "evidence: percent must be from 1 to 50, not %d" % params["evidence"]["percent"]
         module.fail_json(msg=problem, outcomes=[])
     plan, left = acts.spared(plan, params["spare"])
-    evidence = Evidence(params["state_dir"], plan["realm"], params["evidence"]) if params["evidence"] else None
-    host = Host(boottime() + params["deadline"], params["state_dir"])
-    try:
-        with acts.Hands(params["rules"], host, ORDER) as hands:
-            if module.check_mode:
-                outcomes = acts.foresee(plan["reap"], hands)
-            else:
-                how = {"tell": module.warn, "sweep": params["sweep"], "evidence": evidence}
-                outcomes = acts.apply(plan, hands, params["state_dir"], plan["realm"], **how)
-    except Busy as err:
-        module.exit_json(changed=False, outcomes=[], busy=str(err))
-    except LedgerError as err:
-        module.fail_json(msg=str(err), outcomes=[])
-    outcomes += left
+    done = bounded(module, lambda seconds: carry_out(plan, params, module.check_mode, seconds))
+    for problem in done["problems"]:
+        module.warn(problem)
+    if "busy" in done:
+        module.exit_json(changed=False, outcomes=[], busy=done["busy"])
+    if "failed" in done:
+        module.fail_json(msg=done["failed"], outcomes=[])
+    outcomes = done["outcomes"] + left
     result = {
         "changed": any(one["outcome"] in CHANGES for one in outcomes),
         "outcomes": outcomes,
         "diff": diff(outcomes),
+        **({"evidence": done["evidence"]} if "evidence" in done else {}),
     }
-    if evidence and not module.check_mode:
-        result["evidence"] = evidence.result()
     if any(one["outcome"] == r.FAILED for one in outcomes):
         module.fail_json(msg=summary(outcomes), **result)
     module.exit_json(**result)
+
+
+def carry_out(plan, params, check_mode, seconds):
+    """Return ``{problems}`` with ``outcomes``, and ``evidence`` if any was kept; or with ``busy`` or ``failed``."""
+    problems, state_dir = [], params["state_dir"]
+    evidence = Evidence(state_dir, plan["realm"], params["evidence"]) if params["evidence"] else None
+    try:
+        with acts.Hands(params["rules"], Host(boottime() + seconds, state_dir), ORDER) as hands:
+            if check_mode:
+                return {"problems": [], "outcomes": acts.foresee(plan["reap"], hands)}
+            how = {"tell": problems.append, "sweep": params["sweep"], "evidence": evidence}
+            outcomes = acts.apply(plan, hands, state_dir, plan["realm"], **how)
+    except Busy as err:
+        return {"problems": problems, "busy": str(err)}
+    except LedgerError as err:
+        return {"problems": problems, "failed": str(err)}
+    found = {"problems": problems, "outcomes": outcomes}
+    return dict(found, evidence=evidence.result()) if evidence else found
 
 
 if __name__ == "__main__":

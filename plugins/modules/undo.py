@@ -101,7 +101,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.microvm.reaper.plugins.module_utils import acts
 from ansible_collections.microvm.reaper.plugins.module_utils import resource as r
 from ansible_collections.microvm.reaper.plugins.module_utils.all_kinds import ORDER
-from ansible_collections.microvm.reaper.plugins.module_utils.facts_module import rules_of_all_kinds
+from ansible_collections.microvm.reaper.plugins.module_utils.facts_module import bounded, rules_of_all_kinds
 from ansible_collections.microvm.reaper.plugins.module_utils.ledger import Busy, LedgerError
 from ansible_collections.microvm.reaper.plugins.module_utils.probe import Host, boottime
 
@@ -134,6 +134,25 @@ def summary(outcomes):
     return "%d of %d could not be brought back: %s" % (len(left), len(outcomes), items) if left else None
 
 
+def bring_back(params, until, check_mode, seconds):
+    """Return ``{problems}`` with ``outcomes``, ``busy`` or ``failed``."""
+    problems, where = [], (params["state_dir"], params["realm"])
+
+    def is_meant(held):
+        return held["vm_id"] == params["vm_id"] if params["vm_id"] else held.get("sweep") == params["sweep"]
+
+    try:
+        if check_mode:
+            return {"problems": [], "outcomes": acts.foresee_undo(is_meant, *where)}
+        with acts.Hands(params["rules"], Host(boottime() + seconds, params["state_dir"]), ORDER) as hands:
+            outcomes = acts.undo(is_meant, hands, *where, until, problems.append)
+    except Busy as err:
+        return {"problems": problems, "busy": str(err)}
+    except LedgerError as err:
+        return {"problems": problems, "failed": str(err)}
+    return {"problems": problems, "outcomes": outcomes}
+
+
 def main():
     """Bring it back."""
     module = AnsibleModule(
@@ -145,20 +164,14 @@ def main():
     params = module.params
     until = last_day(params["keep_days"])
 
-    def is_meant(held):
-        return held["vm_id"] == params["vm_id"] if params["vm_id"] else held.get("sweep") == params["sweep"]
-
-    host = Host(boottime() + params["deadline"], params["state_dir"])
-    try:
-        with acts.Hands(params["rules"], host, ORDER) as hands:
-            if module.check_mode:
-                outcomes = acts.foresee_undo(is_meant, params["state_dir"], params["realm"])
-            else:
-                outcomes = acts.undo(is_meant, hands, params["state_dir"], params["realm"], until, module.warn)
-    except Busy as err:
-        module.exit_json(changed=False, outcomes=[], pinned_until="", busy=str(err))
-    except LedgerError as err:
-        module.fail_json(msg=str(err), outcomes=[], pinned_until="")
+    done = bounded(module, lambda seconds: bring_back(params, until, module.check_mode, seconds))
+    for problem in done["problems"]:
+        module.warn(problem)
+    if "busy" in done:
+        module.exit_json(changed=False, outcomes=[], pinned_until="", busy=done["busy"])
+    if "failed" in done:
+        module.fail_json(msg=done["failed"], outcomes=[], pinned_until="")
+    outcomes = done["outcomes"]
     back = [one for one in outcomes if one["outcome"] in BACK]
     result = {
         "changed": bool(back),

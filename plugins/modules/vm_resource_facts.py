@@ -192,7 +192,7 @@ ansible_facts:
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.microvm.reaper.plugins.module_utils.all_kinds import ORDER
 from ansible_collections.microvm.reaper.plugins.module_utils.all_supervisors import entry_spec
-from ansible_collections.microvm.reaper.plugins.module_utils.facts_module import rules_of_all_kinds
+from ansible_collections.microvm.reaper.plugins.module_utils.facts_module import bounded, rules_of_all_kinds
 from ansible_collections.microvm.reaper.plugins.module_utils.gather import gather
 from ansible_collections.microvm.reaper.plugins.module_utils.ledger import LedgerError
 
@@ -212,20 +212,19 @@ def get_argument_spec():
 def main():
     """Read the host."""
     module = AnsibleModule(argument_spec=get_argument_spec(), supports_check_mode=True)
-    params = module.params
-    try:
-        facts = gather(
-            ORDER,
-            params["rules"],
-            params["realm"],
-            params["state_dir"],
-            params["deadline"],
-            params["packed"],
-            params["supervisors"],
-        )
-    except LedgerError as err:
-        module.fail_json(msg=str(err))
+    facts = bounded(module, lambda seconds: read(module.params, seconds))
+    if "failed" in facts:
+        module.fail_json(msg=facts["failed"])
     module.exit_json(changed=False, ansible_facts={"vm_resources": facts})
+
+
+def read(params, seconds):
+    """Return the facts, or ``{failed}``."""
+    where = (params["rules"], params["realm"], params["state_dir"])
+    try:
+        return gather(ORDER, *where, seconds, params["packed"], params["supervisors"])
+    except LedgerError as err:
+        return {"failed": str(err)}
 
 
 if __name__ == "__main__":

@@ -894,20 +894,15 @@ class _Ladder:
         """Find out what a reaper that was killed left: only what cannot be seen in its place has to be remembered."""
         traits = self.kinds.get(token["kind"])
         is_there = self.present.get(_key(token)) == token["identity"]
-        # What is always set aside is moved before it is removed, also at once and where it had waited in its place.
-        is_out = traits and traits[ASIDE] == ALWAYS and not is_there
         is_half_gone = traits and traits["resumes"] and not is_there and token.get("step") != ASIDE
+        # What is always set aside is moved before it is removed, also at once and where it had waited in its place.
+        is_moved = traits and traits[ASIDE] == ALWAYS and not is_there
         if is_half_gone and token.get("state") != ASIDE:
             self.unfinished.append(token)
         elif "since" in token:
             held = {key: value for key, value in token.items() if key not in OF_A_PLAN}
-            self._place(dict(held, state=ASIDE) if is_out else held)
-        elif traits and (
-            token.get("step") == ASIDE
-            and (traits[ASIDE] == RUNNING or is_out)
-            or is_out
-            and not traits["resumes"]
-        ):
+            self._place(dict(held, state=ASIDE) if is_moved and self._status(held["kind"]) == "ok" else held)
+        elif is_moved or traits and token.get("step") == ASIDE and traits[ASIDE] == RUNNING:
             self._place(dict(self._held(token), state=ASIDE))
 
     def _step(self, key, member):

@@ -39,6 +39,11 @@ class Hands:
             self._survive(act, token)
         return self._do(act, token)
 
+    def do_all(self, act, tokens):
+        """Do an act on each of them."""
+        for token in tokens:
+            yield self.do(act, token)
+
     def _do(self, act, token):
         if act == acts.BRING_BACK:
             return self._bring_back(token)

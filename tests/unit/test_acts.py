@@ -417,3 +417,13 @@ def test_only_what_was_removed_stays_remembered_as_reaped(model, state):
     assert ledgers.load(state, REALM)[0]["reaped"] == {}
     assert results(apply(tokens, state, model.kind("cgroup"))) == ["reaped"]
     assert list(ledgers.load(state, REALM)[0]["reaped"]) == ["v1"]
+
+
+def test_after_the_deadline_nothing_more_is_tried(model, state):
+    """However quick each act is: what is left is left for the next sweep."""
+    tokens = model.make("cgroup/a", "cgroup/b", "dm/c")
+    late = {"remove": lambda token, rules, host: (time.sleep(0.3), r.outcome(token, r.REAPED))[1]}
+    with hands(model.kind("cgroup", **late), model.kind("dm"), seconds=0.2) as some:
+        done = acts.apply(plan(tokens, state), some, state, REALM)
+    told = [(one["outcome"], "reap_deadline" in one["message"]) for one in done]
+    assert told[1:] == [("deferred", True)] * 2 and "c" not in str(model.done())
