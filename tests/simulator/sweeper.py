@@ -257,6 +257,7 @@ class Sweeper:
             acts.apply(plan, hands, host, REALM, sweep="s%d" % batch.fetched)
         except Killed:
             batch.killed.add(host)
+            self._intend(host, plan)
         except LedgerError as err:
             batch.failed.add(host)
             self.world.story.tell("%s: %s", host, err)
@@ -279,6 +280,13 @@ class Sweeper:
             host.learned_from_a_lie = True
         elif batch.mood == HONEST:
             host.heard_the_truth, host.learned_from_a_lie = batch.fetched, False
+
+    def _intend(self, host, plan):
+        """What a lost ledger had aside counts again from the intents on, which are of what is aside."""
+        for token in plan["reap"]:
+            thing = host.find(token["kind"], token["name"])
+            if thing and thing.serial in host.aside and thing.aside_since is None:
+                thing.aside_since, thing.forgotten = self.world.now, False
 
     def _strike(self, host, live, when):
         """Count the sweep for what it could strike."""
