@@ -54,6 +54,17 @@ def opened(base, names):
                 os.close(one)
 
 
+def remove_empty(base, names):
+    """Remove the directory below a trusted base that the names lead to, and then the one above it: what is empty."""
+    for above in (names[:-1], names[:-2]):
+        with contextlib.suppress(OSError):
+            place = _descend(base, above)
+            try:
+                os.rmdir(names[len(above)], dir_fd=place)
+            finally:
+                os.close(place)
+
+
 class Tree:
     """A directory below a base that is trusted, held by descriptors. No name below the base may be a symbolic link.
 

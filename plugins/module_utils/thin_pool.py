@@ -147,6 +147,8 @@ def parse_dump(text):
         if thin_id in found:
             raise ProbeError("thin_dump printed two devices %d" % thin_id)
         found[thin_id] = {"device": [transaction, created, snapped, mapped], "pool": of_pool}
+    if len(found) != text.count("<device "):
+        raise ProbeError("thin_dump printed a device that is not understood")
     return found
 
 

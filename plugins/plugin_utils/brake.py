@@ -56,7 +56,7 @@ def doomed(plans):
 def _over_cap(plans, refused, caps, spent):
     """Refuse what takes the whole run over the fleet's caps; the fleet is what the live source lists, and the dead."""
     going = spent + doomed({host: plan for host, plan in plans.items() if host not in refused})
-    live = max((plan["manifest"]["count"] or 0 for plan in plans.values()), default=0)
+    live = max([0] + [plan["manifest"]["count"] or 0 for plan in plans.values()])
     percent = 100 * going / (live + going) if going else 0
     before = ", %d of them in earlier batches" % spent if spent else ""
     if going > caps["max_per_fleet"]:

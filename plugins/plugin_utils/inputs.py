@@ -26,6 +26,7 @@ import yaml
 
 FORMAT = 1
 MAX_LINE = 512 * 1024 * 1024
+MAX_CAP = 10**18
 LEVEL = 1  # the bulk of it is compressed already
 ROOT = os.path.join(os.path.dirname(__file__), "..", "..")
 
@@ -230,5 +231,6 @@ class Reader:
 
     def _check(self, shape, found):
         for key, types in _SHAPES[shape].items():
-            if not isinstance(found.get(key, Ellipsis), types):
+            value = found.get(key, Ellipsis)
+            if not isinstance(value, types) or (shape == "caps" and not 0 <= value < MAX_CAP):
                 raise self.wrong("'%s' of the %s is missing or cannot be %.100r" % (key, shape, found.get(key)))

@@ -298,6 +298,7 @@ DUMP = '<superblock uuid="" time="1" transaction="2" version="2">\n' + DEVICE + 
         pytest.param(DUMP % 1 + DUMP % 2, "whole superblock", id="twice"),
         pytest.param((DUMP % 1).rstrip() + DEVICE % 2, "whole superblock", id="after the end"),
         pytest.param((DUMP % 1).replace("</superblock>", DEVICE % 2 + "</superblock>"), "two devices 1", id="in one"),
+        pytest.param((DUMP % 1).replace('snap_time="0"', 'snap_time="x"'), "not understood", id="not understood"),
     ],
 )
 def test_a_dump_that_says_two_things_of_one_volume_is_no_dump(dump, said):

@@ -363,7 +363,7 @@ def test_row_30_killed_while_it_removed_at_once_what_it_moves_before():
     assert names(plan(facts(now=1200.0, ledger=ledger))) == []
 
 
-def test_row_30_killed_while_it_removed_what_had_waited_in_its_place():
+def test_row_30_killed_while_it_removed_a_jail_that_had_waited_in_its_place():
     before = struck(JAIL)
     result = plan(facts(JAIL, now=1060.0, ledger=before), hold=HOLD)
     left = [dict(one, waits=True) for one in outcomes(result["reap"], r.DEFERRED)]

@@ -101,9 +101,10 @@ def set_aside_all(tokens, rules, host):
 def bring_back(token, rules, host):
     """Move a jail that was set aside back to where it was, unless something else is there now."""
     back = _with_tree(token, rules, _is_back, _home)
-    if back["outcome"] not in (r.ALREADY_GONE, r.IDENTITY_CHANGED):
-        return back
-    return _with_tree(token, rules, _bring_back)
+    if back["outcome"] in (r.ALREADY_GONE, r.IDENTITY_CHANGED):
+        return _with_tree(token, rules, _bring_back)
+    _tidy(token, rules)
+    return back
 
 
 def remove(token, rules, host):
@@ -126,6 +127,8 @@ def remove_all(tokens, rules, host):
             if place and boottime() > end:
                 return [one.outcome for one in jails[:place]]
             jail.decide(lambda jail: _remove(jail, host))
+            if jail.outcome["outcome"] == r.ALREADY_GONE:
+                _tidy(jail.token, rules)
         return [jail.outcome for jail in jails]
 
 
@@ -296,6 +299,13 @@ def _with_tree(token, rules, act, where=None):
         return r.outcome(token, r.ALREADY_GONE)
     except NotADirectoryError:
         return r.outcome(token, r.IDENTITY_CHANGED, "something that is not a directory is there now")
+
+
+def _tidy(token, rules):
+    """Remove what a reaper that was killed left of the place in which a jail lay aside."""
+    place = _locate(token, rules)
+    if place is not None:
+        safe_tree.remove_empty(place[0], _aside(place[1], token["identity"])[:-1])
 
 
 def _refusal(token, tree):
