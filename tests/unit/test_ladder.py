@@ -375,6 +375,9 @@ def test_row_30_killed_while_it_removed_a_jail_that_had_waited_in_its_place():
     assert [(one["step"], one["resume"], one["since"]) for one in moved["reap"]] == [("remove", True, 1061.0)]
     there = plan(facts(JAIL, now=4700.0, ledger=ledger), hold=HOLD)
     assert [(one["step"], "resume" in one) for one in there["reap"]] == [("remove", False)]
+    # Where it is cannot be told now.
+    unread = plan(facts(now=4700.0, ledger=ledger, unavailable=["jail"]), hold=HOLD)
+    assert [held["state"] for held in unread["ledger"]["aside"]] == ["waiting"]
 
 
 def test_row_30_killed_while_it_froze():
