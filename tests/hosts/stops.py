@@ -1,11 +1,11 @@
 """Runs on a test host: kills the reaper at each step that matters, and looks what the next one does.
 
-    stops.py CASE KINDS [CGROUP]    print {"steps": N, "tried": [...], "problems": [...]}
+    stops.py CASE KINDS EVERY [CGROUP]    print {"steps": N, "tried": [...], "problems": [...]}
 
 A step is a call that changes something, or tells another process to: every one is counted, in the reaper and in its
 children, and the reaper is killed, with the child that has got there, right before the step. The collection lies in
-/tmp/reaper. CASE is remove, aside, finish or undo; KINDS are some of cgroup,jail,dm_thin; CGROUP is where cgroups are
-made, a path below the mount of the v2 hierarchy.
+/tmp/reaper. CASE is remove, aside, finish or undo; KINDS are some of cgroup,jail,dm_thin; EVERY is 1 for all steps, 3
+for each third one; CGROUP is where cgroups are made, a path below the mount of the v2 hierarchy.
 """
 
 import contextlib
@@ -32,7 +32,8 @@ STATE = "/var/lib/stops"
 JAILS = Path("/srv/stops")
 SENTINEL = Path("/srv/stops-sentinel")
 KINDS = sys.argv[2].split(",")
-CGROUP = (sys.argv + ["stops"])[3]
+EVERY = int(sys.argv[3])
+CGROUP = (sys.argv + ["stops"])[4]
 MOUNT = next(line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines() if " - cgroup2 " in line)
 CGROUPS = Path(MOUNT) / CGROUP
 POOL = "stops-pool"
@@ -144,7 +145,7 @@ def look(vm_id):
     node, volume = f"/dev/mapper/stops-rw-{vm_id}", None
     if os.path.exists(node):
         look_at = f"dmsetup table {node}; dmsetup info -c --noheadings -o uuid,attr {node}; md5sum < {node}"
-        volume = sh(f"{look_at}; stat -Lc '%a %u %g' {node}")
+        volume = sh(f"{look_at}; stat -Lc '%a %u %g' {node}", check=False) or "a node without a device"
     return {
         "jail": tree(JAILS / "fc" / vm_id),
         "volume": volume,
@@ -347,7 +348,7 @@ def main():
             problems += [f"killed at step {at}: {one}" for one in found]
             if steps < at:
                 break
-            at += 1
+            at += EVERY
     finally:
         clear()
         if "dm_thin" in KINDS:

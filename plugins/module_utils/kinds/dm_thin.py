@@ -124,6 +124,7 @@ def bring_back(token, rules, host):
 def remove(token, rules, host):
     """Deactivate the volume and delete its thin id, so that its blocks go back to the pool. Never forces."""
     if _is_inactive(token, host):
+        _remove_node(token["name"], token["details"]["device"])  # a reaper that was killed may not have come to it
         refused, pool = _resumable(token, rules, host)
         refused = refused or _unproved(token, pool, host)
         if refused is None:
