@@ -83,17 +83,23 @@ ansible_facts:
       contains:
         entries:
           description:
-            - In the order in which they were written. Each has C(what), C(time), C(boottime), C(boot_id) and C(sweep).
-            - "C(what) is V(intent), with C(kind), C(name), C(vm_id), C(identity), C(evidence), C(strikes), C(reasons),
-              C(source) and C(epoch); V(outcome), with C(kind), C(name), C(vm_id), C(outcome), C(message) and C(bytes);
-              or V(latched), with C(message)."
+            - In the order in which they were written. Each has C(what), C(time), C(boottime), C(boot_id), C(sweep), and
+              in C(previous) the SHA-256 of the line before it in the file.
+            - "C(what) is V(intent), with C(kind), C(name), C(vm_id), C(identity), C(step), C(evidence), C(strikes),
+              C(reasons), C(source) and C(epoch); V(outcome), with C(kind), C(name), C(vm_id), C(outcome), C(message)
+              and C(bytes); or V(latched), with C(message)."
+            - C(step) is V(aside) for what can be taken back, V(remove) or V(bring_back).
           type: list
           elements: dict
         truncated:
           description: Whether there are more, older entries.
           type: bool
+        broken:
+          description: Where a line does not have the hash of the one before it, V(null) when all have.
+          type: str
       sample:
         truncated: false
+        broken: null
         entries:
           - what: intent
             time: "2026-11-22T03:10:00Z"
@@ -104,6 +110,8 @@ ansible_facts:
             name: /srv/jailer/firecracker/vabc234
             vm_id: vabc234
             identity: 6a0f7a4e-6d65-4c8b-9f2e-55c1f0a7d4c1:26:5123
+            step: aside
+            previous: 7d865e959b2466918c9863afca942d0fb89d7c9ac0c99bafc3749504ded97730
             evidence: absent
             strikes: 2
             reasons: [the live source does not list the VM]

@@ -55,7 +55,7 @@ def explain(fleet: Fleet, *arguments: str, **variables) -> dict[str, list[str]]:
 
 def remembered(fleet: Fleet, host: str) -> str:
     """Return all that a host has in its state directory."""
-    return fleet.run(host, "cd /var/lib/microvm.reaper; ls -lR --time-style=full-iso; cat test/*", check=True).stdout
+    return fleet.run(host, "cd /var/lib/microvm.reaper; ls -lR --time-style=full-iso; find test -type f -exec sha256sum {} +", check=True).stdout
 
 
 def paragraphs(output: str) -> dict[str, list[str]]:
