@@ -55,7 +55,8 @@ def explain(fleet: Fleet, *arguments: str, **variables) -> dict[str, list[str]]:
 
 def remembered(fleet: Fleet, host: str) -> str:
     """Return all that a host has in its state directory."""
-    return fleet.run(host, "cd /var/lib/microvm.reaper; ls -lR --time-style=full-iso; find test -type f -exec sha256sum {} +", check=True).stdout
+    look = "cd /var/lib/microvm.reaper; ls -lR --time-style=full-iso; find test -type f -exec sha256sum {} +"
+    return fleet.run(host, look, check=True).stdout
 
 
 def paragraphs(output: str) -> dict[str, list[str]]:
