@@ -262,15 +262,15 @@ def test_row_22_a_suspended_device_and_a_dmsetup_that_hangs_midway(kernel: Fleet
     suspended, *others = orphans(kernel, "kern")
     with (
         meanwhile(kernel, "kern", f"dmsetup suspend hyper-rw-{suspended}", f"dmsetup resume hyper-rw-{suspended}"),
-        dmsetup_that(kernel, '*"--uuid"*', "kill -STOP $$"),
+        dmsetup_that(kernel, "*reserve_metadata_snap*", "kill -STOP $$"),
     ):
         begin = time.monotonic()
         hung = sweep(kernel, hold=HOLD, reap_deadline=30)
-        assert hung.code == 2 and time.monotonic() - begin < 40, hung.output
+        assert time.monotonic() - begin < 40, hung.output
         said = results(hung, "dm_thin")
-        assert suspended not in said and sorted(said) == sorted(others) and "failed" in said.values(), hung.output
+        assert suspended not in said and sorted(said) == sorted(others), hung.output
         # No more of device-mapper in this sweep, and all of the rest.
-        assert set(said.values()) == {"failed", "deferred"}, hung.output
+        assert set(said.values()) == {"deferred"}, hung.output
         assert set(results(hung, "cgroup").values()) == {"reaped"}, hung.output
         (volume,) = [
             one for one in hung.report["hosts"]["kern"]["families"][suspended]["resources"] if one["kind"] == "dm_thin"
@@ -569,7 +569,7 @@ def test_row_30_the_connection_breaks_in_the_middle_of_the_acts(kernel: Fleet, t
     struck(kernel, orphans=3)
     listed(kernel)
     slow = "echo $$ > /run/slow.new; mv /run/slow.new /run/slow; sleep 3"
-    with meanwhile(kernel, "kern", "rm -f /run/slow", "rm -f /run/slow"), dmsetup_that(kernel, '*"--uuid"*', slow):
+    with meanwhile(kernel, "kern", "rm -f /run/slow", "rm -f /run/slow"), dmsetup_that(kernel, "*reserve*", slow):
         cut = in_background(kernel, tmp_path / "cut.json")
         said = on(kernel, "kern", "python3 -", input=CUT)
         busy = sweep(kernel)

@@ -355,34 +355,6 @@ def test_a_sweep_that_is_cut_short_is_finished_by_the_next_one(pair: Fleet, tmp_
     assert pair.ledger("one")["intents"] == [] and pair.ledger("one")["strikes"] == {}
 
 
-# In the place of dmsetup: kills the reaper between the removal of a volume and the deletion of its thin id.
-DEADLY_DMSETUP = r"""#!/bin/sh
-case "$*" in
-*" delete "*|*"delete "[0-9]*) kill -KILL $(cut -d' ' -f4 /proc/$PPID/stat) $PPID; exit 1 ;;
-esac
-exec /opt/dmsetup "$@"
-"""
-
-
-def test_a_thin_id_does_not_leak_when_the_reaper_dies_before_it_is_deleted(kernel: Fleet) -> None:
-    """Row 30: the volume is deactivated, its blocks are not given back, and no list shows it any more."""
-    struck(kernel, FEW)
-    listed(kernel)
-    prepare = "cp /usr/sbin/dmsetup /opt/dmsetup; cat > /opt/deadly; chmod 755 /opt/deadly"
-    on(kernel, "kern", prepare, input=DEADLY_DMSETUP)
-    swap = "cp /opt/%s /usr/sbin/.new; mv /usr/sbin/.new /usr/sbin/dmsetup"
-    with meanwhile(kernel, "kern", swap % "deadly", swap % "dmsetup"):
-        cut = sweep(kernel)
-    assert cut.code != 0
-    volumes = [name for name in kernel.left("kern") if name.startswith("volume")]
-    assert len(volumes) == 1, "just one of two was deactivated"
-    intents = kernel.ledger("kern")["intents"]
-    assert {token["kind"] for token in intents} >= {"dm_thin", "cgroup"}
-    done = sweep(kernel)
-    assert done.code == 0 and kernel.check("gone") == [], done.output
-    assert kernel.ledger("kern")["intents"] == []
-
-
 def test_of_two_sweeps_that_overlap_one_acts(pair: Fleet, tmp_path: Path) -> None:
     """Row 29: the plan of the slower one was made of what was; it changes nothing, and does not fail."""
     pair.plant(FEW)
