@@ -517,28 +517,6 @@ def test_rows_12_13_a_pid_that_passes_to_the_vmm_of_a_live_vm_when_the_acts_begi
     assert on(pair, "one", f"cut -d' ' -f2,22 /proc/{pid}/stat").split() == ["(firecracker)", started]
 
 
-# --- a host that cannot remember
-
-
-def test_row_32_the_disk_runs_full_in_the_middle_of_the_acts(kernel: Fleet) -> None:
-    """What was done is told all the same, and the next sweep that can remember settles it."""
-    kernel.plant(FEW)
-    with meanwhile(
-        kernel, "kern", f"mkdir -p {STATE}; mount -t tmpfs -o size=512k,mode=700 none {STATE}", f"umount {STATE}"
-    ):
-        remember(kernel)
-        assert sweep(kernel).code == 0
-        with dmsetup_that(kernel, '*"--uuid"*', f"cat /dev/zero > {STATE}/full 2> /dev/null"):
-            full = sweep(kernel)
-        assert set(results(full, "cgroup").values()) == {"reaped"}, full.output
-        assert "No space left on device" in flat(full) and "could not be written down" in flat(full), full.output
-        assert kernel.ledger("kern")["intents"], "what was begun is remembered"
-        on(kernel, "kern", f"rm {STATE}/full")
-        done = sweep(kernel)
-        assert done.code == 0 and kernel.ledger("kern")["intents"] == [], done.output
-        assert well(kernel) == []
-
-
 # --- more than one at a time
 
 # Waits until the reaper is in the middle of its acts, then ends the session by which it was started.
