@@ -60,11 +60,16 @@ ansible_facts:
         seconds:
           description: How long it took.
           type: float
+        places:
+          description: How full the pools, by their data or their metadata, whichever is more, are, in percent.
+          type: dict
       sample:
         status: ok
         reason:
         foreign: 0
         seconds: 0.004
+        places:
+          hyper-thinpool: 41.3
         resources:
           - kind: dm_thin
             name: hyper-rw-vabc234

@@ -60,11 +60,16 @@ ansible_facts:
         seconds:
           description: How long it took.
           type: float
+        places:
+          description: How full the file systems of the jail bases are, in percent.
+          type: dict
       sample:
         status: ok
         reason:
         foreign: 0
         seconds: 0.004
+        places:
+          /srv/jailer: 41.3
         resources:
           - kind: jail
             name: /srv/jailer/firecracker/vabc234

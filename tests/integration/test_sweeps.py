@@ -496,7 +496,7 @@ BAD = {
     "unknown": ({"reap_foo": 1, "reap_strikse": 3}, ["reap_foo", "reap_strikse"]),
     "wrong type": ({"reap_percent_floor": "many", "reap_keep": {"a": 1}}, ["reap_percent_floor", "'many'"]),
     "no number": ({"reap_strikes": "many"}, ["reap_strikes must be a number, at least 2, not 'many'"]),
-    "no grade": ({"reap_hold": {"unproven": 5}}, ["reap_hold has values for unproven"]),
+    "no grade": ({"reap_hold": {"unproven": 5}}, ["reap_hold has a value for 'unproven', which is none of"]),
     "no such choice": ({"reap_running": "maybe"}, ["reap_running", "maybe"]),
     "too few": ({"reap_strikes": 1}, ["reap_strikes must be a number, at least 2"]),
     "too many": ({"reap_max_percent_per_host": 150}, ["reap_max_percent_per_host"]),
