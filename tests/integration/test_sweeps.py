@@ -626,4 +626,7 @@ def test_a_target_with_python_3_8(tmp_path: Path) -> None:
     argv = [BIN / "ansible-playbook", *inventory(tmp_path / "here.yml", here=variables), *["playbooks/reap.yml"] * 2]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(os.listdir(tmp_path / "jails/firecracker")) == [".microvm.reaper", "valive"]
+    done = subprocess.run([*argv[:-1], "-e", "reap_hold=0"], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert os.listdir(tmp_path / "jails/firecracker") == ["valive"]
