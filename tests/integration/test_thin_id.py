@@ -263,7 +263,9 @@ def test_what_the_reaper_itself_put_aside_is_named_in_a_ledger(reaper, pool):
     for thin_id in (1, 2, 3, 4):
         unmapped(pool, thin_id, 1)
     remember(reaper, intents=[aside(1), dict(aside(4), kind="thin_id")])
-    remember(reaper, realm="other", aside=[aside(2), aside(3, pool="another", pool_uuid="u")])
+    since = {"since": 1.0, "boot_id": "b", "sweep": "s", "state": "aside"}
+    held = [dict(one, **since) for one in (aside(2), aside(3, pool="another", pool_uuid="u"))]
+    remember(reaper, realm="other", aside=held)
     assert reaper.ids() == {3, 4}
     for text in ("{", '{"version": 1}'):
         reaper.file("/run/reaper/other/ledger.json", text)
