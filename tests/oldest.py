@@ -38,7 +38,7 @@ def without_core(requirements: str) -> list[str]:
     return [line for line in lines if line and not line.startswith(("-", "ansible-core"))]
 
 
-def sweep(bin_path: Path, directory: Path) -> str:
+def sweep(bin_path: Path, directory: Path, **changes) -> str:
     """Sweep a jail base in ``directory`` once; return what was printed."""
     variables = {
         "reap_realm": "oldest",
@@ -57,7 +57,7 @@ def sweep(bin_path: Path, directory: Path) -> str:
     (directory / "live.json").write_text(json.dumps(live))
     os.utime(directory / "live.json", (younger_than_the_jail, younger_than_the_jail))
     command = [bin_path / "ansible-playbook", "-i", "localhost,", "-c", "local", "playbooks/reap.yml"]
-    extra = ["-e", json.dumps(dict(variables, ansible_python_interpreter=sys.executable))]
+    extra = ["-e", json.dumps(dict(variables, ansible_python_interpreter=sys.executable, **changes))]
     done = subprocess.run(
         [*command, *extra],
         cwd=ROOT,
@@ -84,8 +84,9 @@ def main() -> None:
         jail.mkdir(parents=True)
         assert "1 suspected" in sweep(bin_path, directory)
         assert jail.exists()
-        assert "1 reaped" in sweep(bin_path, directory)
+        assert "1 aside" in sweep(bin_path, directory, reap_hold=3600)
         assert not jail.parent.exists()
+        assert "1 reaped" in sweep(bin_path, directory, reap_hold=0)
         assert "nothing to reap" in sweep(bin_path, directory)
 
 

@@ -907,6 +907,7 @@ class Sweeps:
             "reap_live_sources": [{"type": "file", "path": str(self.live)}],
             "reap_min_age": 0,
             "reap_strike_interval": 0,
+            "reap_hold": 0,
         }
         for rack in RACKS:
             (directory / rack).mkdir()
