@@ -305,34 +305,26 @@ def settled(ledger, tokens, outcomes, moment):
     ``moment`` is ``{since, boot_id, sweep}`` of what was set aside.
     """
     by_key = {_key(one): one for one in outcomes}
-    gone = {key for key, one in by_key.items() if one["outcome"] in (r.REAPED, r.ALREADY_GONE, r.IDENTITY_CHANGED)}
-    moved = {
-        key
-        for key, one in by_key.items()
-        if one["outcome"] == r.SET_ASIDE and not (one.get("waits") or one.get("in_sight"))
-    }
-    left = [token for token in tokens if _key(token) not in gone]
-    # Of what is not finished nobody knows how far it came.
-    done = [
-        token
-        for token in tokens
-        if by_key[_key(token)]["outcome"] in (r.REAPED, r.SET_ASIDE) or by_key[_key(token)].get("unfinished")
-    ]
-    aside = [
-        held_of(token, moment, "waiting" if by_key[_key(token)].get("waits") else "aside")
-        for token in left
-        if by_key[_key(token)]["outcome"] == r.SET_ASIDE or by_key[_key(token)].get("waits")
-    ]
-    there = {_key(held) for held in aside}
-    unfinished = [
-        token
-        for token in left
-        if _key(token) not in there and (by_key[_key(token)].get("unfinished") or "since" in token)
-    ]
+    gone, moved, done, aside, unfinished = set(), set(), [], [], []
+    for token in tokens:
+        key, one = _key(token), by_key[_key(token)]
+        is_set_aside, waits = one["outcome"] == r.SET_ASIDE, one.get("waits")
+        if is_set_aside and not (waits or one.get("in_sight")):
+            moved.add(key)
+        # Of what is not finished nobody knows how far it came.
+        if is_set_aside or one["outcome"] == r.REAPED or one.get("unfinished"):
+            done.append(token)
+        if one["outcome"] in (r.REAPED, r.ALREADY_GONE, r.IDENTITY_CHANGED):
+            gone.add(key)
+        elif is_set_aside or waits:
+            aside.append(held_of(token, moment, "waiting" if waits else "aside"))
+        elif one.get("unfinished") or "since" in token:
+            unfinished.append(token)
+    after = _remembering(ledger, unfinished)
     return dict(
-        _remembering(ledger, unfinished),
+        after,
         strikes={key: strike for key, strike in ledger["strikes"].items() if key not in gone | moved},
-        aside=_remembering(ledger, unfinished)["aside"] + aside,
+        aside=after["aside"] + aside,
         reaped=_reaped(ledger["reaped"], done),
     )
 
