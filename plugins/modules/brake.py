@@ -33,22 +33,12 @@ options:
     description: Up to this many VMs percentages say nothing.
     type: int
     default: 10
+extends_documentation_fragment:
+  - microvm.reaper.on_controller
 attributes:
-  action:
-    description: Indicates this has a corresponding action plugin so some parts of the options can be executed on the
-      controller.
-    support: full
   check_mode:
     description: Can run in check mode and return the same as otherwise.
     support: full
-  diff_mode:
-    description: Will return details on what has changed (or possibly needs changing in check mode), when in diff mode.
-    support: none
-    details: Nothing is changed on any host.
-  platform:
-    description: Target OS/families that can be operated against.
-    support: full
-    platforms: all
 notes:
   - Runs on the controller. Meant to be run once for a batch of hosts, with C(run_once).
 seealso:
