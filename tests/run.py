@@ -1,12 +1,14 @@
 """Run parts of the test suite: `run.py PART... [-- ARGS]`.
 
-Every part runs, whatever happened to the ones before it. A table of the parts and one line that sums
-up all tests close the output, which is also kept by part under .cache/logs/. The exit code is 1 if
-anything failed. An interrupt reaches the running part first, then its leftovers are removed.
+Every part runs, whatever happened to the ones before it. What failed with the lines that tell why, a table
+of the parts and one line that sums up all tests close the output, which is also kept by part under
+.cache/logs/. The exit code is 1 if anything failed. An interrupt reaches the running part first, then its
+leftovers are removed.
 """
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -69,6 +71,11 @@ CLEANUP: dict[str, list[list[str]]] = {
 HOSTS = ROOT / "tests/hosts/hosts.py"
 
 
+# A line of output that may tell why a command failed, and how much of these is repeated at the end.
+TELLING = re.compile(r"fatal: |UNREACHABLE!|^(ERROR|CRITICAL|FAILED)\b|^E  |\b\w*Error: |--- given up")
+TELLING_LINES, TELLING_LENGTH = 8, 400
+
+
 class Interrupted(Exception):
     pass
 
@@ -91,6 +98,7 @@ class Result:
     name: str
     count: Count = field(default_factory=Count)
     seconds: float = 0.0
+    why: list[str] = field(default_factory=list)
 
 
 def stop(child: subprocess.Popen[str]) -> None:
@@ -135,12 +143,23 @@ def execute(command: list[str], log: Path, timeout: float) -> int:
     try:
         code = child.wait(timeout)
     except subprocess.TimeoutExpired:
-        print(f"--- given up after {timeout:.0f} s: {shown}", flush=True)
+        given_up = f"--- given up after {timeout:.0f} s: {shown}"
+        print(given_up, flush=True)
+        with log.open("a") as file:
+            file.write(f"{given_up}\n")
         code = 1
     finally:
         stop(child)
         copier.join(5)
     return code
+
+
+def telling(log: Path, start: int) -> list[str]:
+    """The lines of a log, from an offset on, that may tell why a command failed: its last ones if none does."""
+    with log.open(errors="replace") as file:
+        file.seek(start)
+        lines = [line.rstrip()[:TELLING_LENGTH] for line in file if line.strip()]
+    return ([line for line in lines if TELLING.search(line)] or lines)[-TELLING_LINES:]
 
 
 def count_junit(report: Path, code: int) -> Count:
@@ -176,9 +195,12 @@ def run_part(result: Result, args: list[str]) -> None:
     for command in commands:
         pytest = command[0] == "pytest"
         extra = [*args, f"--junitxml={report}"] if pytest else args
+        start = log.stat().st_size if log.exists() else 0
         with scratch(result.name) as options:
             code = execute([*command, *extra, *options], log, max(1, deadline - time.monotonic()))
         result.count += count_junit(report, code) if pytest else Count(passed=code == 0, failed=code != 0)
+        if code:
+            result.why += [f"--- {' '.join(command)}", *telling(log, start)]
 
 
 def cleanup(name: str) -> None:
@@ -224,6 +246,8 @@ def main(argv: list[str]) -> int:
             break
 
     print()
+    for result in results:
+        print("".join(f"{line}\n" for line in result.why), end="")
     for result in results:
         verdict = "FAILED" if result.count.failed else "ok"
         print(f"{result.name:12} {verdict:7} {result.seconds:6.1f} s  {result.count}")

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -208,25 +209,37 @@ class Pool:
         return self.reaper.shell(make, check=False) == "yes\n"
 
 
-@pytest.fixture(scope="module")
-def reaper(tmp_path_factory):
-    state = tmp_path_factory.mktemp("thin-host")
+@contextlib.contextmanager
+def started(kind_of_reaper, state):
+    """Give a Reaper, or another kind of it, of a host of its own."""
     command = [sys.executable, str(HOSTS)]
     start = [*command, "up", "--kind", "kernel", "--name", NAME, "--state", str(state), "--no-containerd"]
     try:
         subprocess.run(start, check=True)
-        yield Reaper(state)
+        yield kind_of_reaper(state)
     finally:
         subprocess.run([*command, "down", "--state", str(state)], check=False)
 
 
+@contextlib.contextmanager
+def pool_of(reaper, first="", also=""):
+    """Give a Pool, and take away all that there is of device-mapper then; before and besides what a test has more."""
+    yield Pool(reaper, "hyper-thinpool", 128)
+    clean = first + UNUSE + "; dmsetup remove_all; dmsetup remove_all; losetup -D; rm -rf /run/thin /run/reaper " + also
+    reaper.shell(clean + "; find /dev/mapper -type b -delete", check=False)
+    assert reaper.names() == set()
+
+
+@pytest.fixture(scope="module")
+def reaper(tmp_path_factory):
+    with started(Reaper, tmp_path_factory.mktemp("thin-host")) as one:
+        yield one
+
+
 @pytest.fixture
 def pool(reaper):
-    yield Pool(reaper, "hyper-thinpool", 128)
-    clean = UNUSE + "; dmsetup remove_all; dmsetup remove_all; losetup -D; rm -rf /run/thin /run/reaper"
-    clean += "; find /dev/mapper -type b -delete"
-    reaper.shell(clean, check=False)
-    assert reaper.names() == set()
+    with pool_of(reaper) as one:
+        yield one
 
 
 def test_gives_the_blocks_back_and_touches_nothing_else(reaper, pool):

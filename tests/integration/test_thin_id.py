@@ -8,12 +8,10 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import subprocess
-import sys
 import time
 
 import pytest
-from integration.test_dm_thin import BAD, HOSTS, MIB, UNUSE, Pool, Reaper
+from integration.test_dm_thin import BAD, MIB, Pool, Reaper, pool_of, started
 
 POOL = "hyper-thinpool"
 RULES = [{"pool": POOL}]
@@ -74,24 +72,14 @@ class ThinIds(Reaper):
 
 @pytest.fixture(scope="module")
 def reaper(tmp_path_factory):
-    state = tmp_path_factory.mktemp("thin-id-host")
-    command = [sys.executable, str(HOSTS)]
-    start = [*command, "up", "--kind", "kernel", "--name", "thin", "--state", str(state), "--no-containerd"]
-    try:
-        subprocess.run(start, check=True)
-        yield ThinIds(state)
-    finally:
-        subprocess.run([*command, "down", "--state", str(state)], check=False)
+    with started(ThinIds, tmp_path_factory.mktemp("thin-id-host")) as one:
+        yield one
 
 
 @pytest.fixture
 def pool(reaper):
-    yield Pool(reaper, POOL, 128)
-    clean = STOP + UNUSE + "; dmsetup remove_all; dmsetup remove_all; losetup -D"
-    clean += "; rm -rf /run/thin /run/reaper /run/ctd /etc/containerd /run/containerd"
-    clean += "; find /dev/mapper -type b -delete"
-    reaper.shell(clean, check=False)
-    assert reaper.names() == set()
+    with pool_of(reaper, first=STOP, also="/run/ctd /etc/containerd /run/containerd") as one:
+        yield one
 
 
 def until(is_so):
