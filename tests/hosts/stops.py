@@ -1,11 +1,13 @@
 """Runs on a test host: kills the reaper at each step that matters, and looks what the next one does.
 
-    stops.py CASE KINDS EVERY [CGROUP]    print {"steps": N, "tried": [...], "problems": [...]}
+    stops.py CASE KINDS EVERY [PLACE]    print {"steps": N, "tried": [...], "problems": [...]}
 
 A step is a call that changes something, or tells another process to: every one is counted, in the reaper and in its
 children, and the reaper is killed, with the child that has got there, right before the step. The collection lies in
-/tmp/reaper. CASE is remove, aside, finish or undo; KINDS are some of cgroup,jail,dm_thin; EVERY is 1 for all steps, 3
-for each third one; CGROUP is where cgroups are made, a path below the mount of the v2 hierarchy.
+/tmp/reaper. CASE is remove, aside, finish or undo; KINDS are some of cgroup,jail,dm_thin, or container,snapshot; EVERY
+is 1 for all steps, 3 for each third one; PLACE is where cgroups are made, a path below the mount of the v2 hierarchy,
+or containerd's namespace. With containers, which are slow to make, the steps are what containerd is told to change,
+before and after it has: those between are the same for all kinds.
 """
 
 import contextlib
@@ -21,7 +23,14 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, "/tmp/reaper")
-from ansible_collections.microvm.reaper.plugins.module_utils import acts, evidence, gather, probe, safe_tree
+from ansible_collections.microvm.reaper.plugins.module_utils import (
+    acts,
+    containerd,
+    evidence,
+    gather,
+    probe,
+    safe_tree,
+)
 from ansible_collections.microvm.reaper.plugins.module_utils import journal as journals
 from ansible_collections.microvm.reaper.plugins.module_utils import ledger as ledgers
 from ansible_collections.microvm.reaper.plugins.module_utils.all_kinds import ORDER, TRAITS
@@ -33,15 +42,17 @@ JAILS = Path("/srv/stops")
 SENTINEL = Path("/srv/stops-sentinel")
 KINDS = sys.argv[2].split(",")
 EVERY = int(sys.argv[3])
-CGROUP = (sys.argv + ["stops"])[4]
+PLACE = (sys.argv + ["stops"])[4]
 MOUNT = next(line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines() if " - cgroup2 " in line)
-CGROUPS = Path(MOUNT) / CGROUP
+CGROUPS = Path(MOUNT) / PLACE
 POOL = "stops-pool"
 IMAGES = Path("/run/thin") / POOL
 ALL_RULES = {
-    "cgroup": [{"root": CGROUP, "name": "(?P<vm_id>v[a-z]+)"}],
+    "cgroup": [{"root": PLACE, "name": "(?P<vm_id>v[a-z]+)"}],
     "jail": [{"base": str(JAILS), "exec": "fc", "name": "(?P<vm_id>v[a-z]+)", "evidence": ["root/*.log"]}],
     "dm_thin": [{"name": "stops-rw-(?P<vm_id>v[a-z]+)"}],
+    "container": [{"namespace": PLACE, "name": "(?P<vm_id>v[a-z]+)"}],
+    "snapshot": [{"namespace": PLACE, "name": "(?P<vm_id>v[a-z]+)"}],
 }
 RULES = {kind: ALL_RULES[kind] for kind in KINDS}
 SHARE = {
@@ -53,7 +64,9 @@ POLICY = {
     "realm": REALM, "host": "h", "strike_interval": 0.001, "min_age": 0, "max_percent_per_host": 100, "pressure": 100,
     "reused_ids": [".*"],
 }
-LADDER = {"jail": 3600, "dm_thin": 3600, "cgroup": 3600}
+LADDER = dict.fromkeys(KINDS, 3600)
+CTR = f"ctr --namespace {PLACE}"
+IMAGE = ("/opt/test/busybox.tar", "localhost/busybox:test")
 THIN_IDS = {"vlive": 1, "vdead": 2}
 
 
@@ -89,6 +102,8 @@ def plant(vm_id):
         )
     if "jail" in KINDS:
         plant_jail(vm_id)
+    if "container" in KINDS:
+        sh(f"{CTR} run --detach {IMAGE[1]} {vm_id} sleep 1000")
     running = subprocess.Popen(["sleep", "1000"], start_new_session=True)
     if "cgroup" in KINDS:
         (CGROUPS / vm_id / "below").mkdir(parents=True)
@@ -124,6 +139,8 @@ def clear():
         sh(f"dmsetup remove --retry stops-rw-{vm_id}; dmsetup message {POOL} 0 'delete {number}'", check=False)
     if "dm_thin" in KINDS:
         sh("dmsetup mknodes")
+    for vm_id in THIN_IDS if "container" in KINDS else ():
+        sh(f"{CTR} tasks rm --force {vm_id}; {CTR} containers rm {vm_id}; {CTR} snapshots rm {vm_id}", check=False)
     shutil.rmtree(JAILS, ignore_errors=True)
     shutil.rmtree(STATE, ignore_errors=True)
 
@@ -146,7 +163,12 @@ def look(vm_id):
     if os.path.exists(node):
         look_at = f"dmsetup table {node}; dmsetup info -c --noheadings -o uuid,attr {node}; md5sum < {node}"
         volume = sh(f"{look_at}; stat -Lc '%a %u %g' {node}", check=False) or "a node without a device"
+    container = None
+    if "container" in KINDS:
+        tasks = sh(f"{CTR} tasks ls | grep -w {vm_id}", check=False)
+        container = tasks + sh(f"{CTR} containers info {vm_id}; {CTR} snapshots info {vm_id}", check=False)
     return {
+        "container": container,
         "jail": tree(JAILS / "fc" / vm_id),
         "volume": volume,
         "cgroup": sorted(str(path) for path in CGROUPS.rglob("*") if path.is_dir() and vm_id in path.parts),
@@ -201,6 +223,26 @@ class Steps:
 
     def plant(self):
         self.main = os.getpid()
+        if "container" in KINDS:
+            self._wrap_calls()
+        else:
+            self._wrap_all()
+
+    def _wrap_calls(self):
+        real = containerd.Client._call
+
+        def stepped(client, call, *rest, **request):
+            changes = call.rpartition("/")[2] in ("Create", "Delete", "Kill", "Pause", "Remove", "Resume")
+            if changes:
+                self.step()
+            answer = real(client, call, *rest, **request)
+            if changes:
+                self.step()
+            return answer
+
+        containerd.Client._call = stepped
+
+    def _wrap_all(self):
         for name in ("write", "fsync", "rename", "mkdir", "rmdir", "unlink", "ftruncate", "posix_spawn", "replace"):
             self._wrap(os, name)
         self._wrap(safe_tree, "_call")
@@ -286,11 +328,11 @@ def attempt(case, kill_at):
                 problems.append(f"not brought back as it was: {look('vdead')} and not {before['vdead']}")
             after = [sweep(0), sweep(0)]
         elif case == "finish":
-            sweep(dict(LADDER, cgroup=0))
+            sweep(dict(LADDER, cgroup=0) if "cgroup" in KINDS else LADDER)
             steps = stopped(lambda: sweep(0), kill_at)
             after = sweep(0)
         else:
-            sweep(dict(LADDER, cgroup=3600))
+            sweep(LADDER)
             steps = stopped(undo, kill_at)
             undo()
             if look("vdead") != before["vdead"]:
@@ -311,7 +353,8 @@ def judge(live, after):
     if look("vlive") != live:
         found.append(f"the live VM was touched: {look('vlive')} and not {live}")
     gone = look("vdead")
-    if any(gone[key] for key in ("jail", "volume", "cgroup")) or (JAILS / "fc" / ".microvm.reaper").exists():
+    aside = JAILS / "fc" / ".microvm.reaper"
+    if any(gone[key] for key in ("container", "jail", "volume", "cgroup")) or aside.exists():
         found.append(f"something is left: {gone} after {after}")
     if "dm_thin" in KINDS and thin_ids() != [THIN_IDS["vlive"]]:
         found.append(f"thin ids: {thin_ids()} after {after}")
@@ -337,6 +380,8 @@ def main():
     if "dm_thin" in KINDS:
         remove_pool()
         sh(f"mkpool {POOL} 64")
+    if "container" in KINDS:
+        sh(f"{CTR} images import {IMAGE[0]}")
     problems, tried = [], []
     try:
         steps, found = attempt(case, 0)
@@ -355,6 +400,8 @@ def main():
             remove_pool()
         with contextlib.suppress(OSError):
             CGROUPS.rmdir()
+        if "container" in KINDS:
+            sh(f"{CTR} images rm {IMAGE[1]}", check=False)
         shutil.rmtree(SENTINEL)
     print(json.dumps({"steps": steps, "tried": tried, "problems": problems}))
 
