@@ -4,31 +4,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-
-from ansible import constants as C
 from ansible.plugins.action import ActionBase
-from ansible_collections.microvm.reaper.plugins.plugin_utils.brake import brake, doomed
-
-
-class _Spent:
-    """How many VMs the batches of this run were to reap: a file that lasts as long as the run, since batches share
-    nothing else."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def of_earlier_batches(self, count):
-        """Return the sum so far, and add ``count`` to it."""
-        try:
-            with open(self.path, encoding="utf-8") as stream:
-                before = json.load(stream)
-        except FileNotFoundError:
-            before = 0
-        with open(self.path, "w", encoding="utf-8") as stream:
-            json.dump(before + count, stream)
-        return before
+from ansible_collections.microvm.reaper.plugins.plugin_utils import batches
+from ansible_collections.microvm.reaper.plugins.plugin_utils.brake import NOTHING_BEFORE, brake, so_far
 
 
 class ActionModule(ActionBase):
@@ -51,8 +29,11 @@ class ActionModule(ActionBase):
         hostvars = task_vars["hostvars"]
         plans = {host: hostvars.raw_get(host).get(arguments["plans"]) for host in task_vars["ansible_play_batch"]}
         plans = {host: plan for host, plan in plans.items() if plan}
-        spent = _Spent(os.path.join(C.DEFAULT_LOCAL_TMP, "spent.json"))  # type: ignore[attr-defined]
-        abort, refused = brake(plans, arguments, spent.of_earlier_batches(doomed(plans)))
+        realm = next((plan["realm"] for plan in plans.values()), "")
+        with batches.memory("brake") as by_realm:
+            before = by_realm.get(realm, NOTHING_BEFORE)
+            abort, refused = brake(plans, arguments, before)
+            by_realm[realm] = so_far(before, plans, refused)
         if abort:
             result.update(failed=True, abort=abort, msg="stopped (%(code)s): %(message)s" % abort)
         else:

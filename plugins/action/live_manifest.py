@@ -14,7 +14,7 @@ from ansible.inventory.manager import InventoryManager
 from ansible.plugins.action import ActionBase
 from ansible.template import Templar
 from ansible.vars.manager import VariableManager
-from ansible_collections.microvm.reaper.plugins.plugin_utils import manifest, sources
+from ansible_collections.microvm.reaper.plugins.plugin_utils import batches, manifest, sources
 
 SPEC = {
     "realm": {"type": "str", "required": True},
@@ -120,9 +120,19 @@ class ActionModule(ActionBase):
                     "%s speaks for realm %r, the sweep is for %r"
                     % (fetched["source"], fetched["realm"], arguments["realm"]),
                 )
+            _no_older(fetched)
         except manifest.ManifestError as err:
             result.update(failed=True, msg="live source refused (%s): %s" % (err.code, err), code=err.code)
             return result
         warnings = ["live source skipped: %s" % skipped for skipped in fetched.pop("skipped")]
         result.update(changed=False, manifest=fetched, warnings=warnings)
         return result
+
+
+def _no_older(fetched):
+    """Refuse a list whose epoch is lower than one that an earlier batch of this run had: a stale copy answered."""
+    with batches.memory("epochs") as by_realm:
+        seen = by_realm.setdefault(fetched["realm"], {})
+        for source, epoch in fetched["epochs"].items():
+            manifest.check_epoch(source, seen.get(source), epoch)
+        seen.update(fetched["epochs"])

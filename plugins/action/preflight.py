@@ -26,6 +26,9 @@ from ansible_collections.microvm.reaper.plugins.plugin_utils.variables import PR
 from ansible_collections.microvm.reaper.plugins.plugin_utils.words import enumerate_hosts
 
 MOST_THIN_ID = (1 << 24) - 1
+# Strategies by which a task that runs once does so when all hosts are done with the one before it: the last part of
+# their names. By others, like free, the brake would look at plans that are not all there, once for each host.
+STEP_BY_STEP = ("linear", "debug")
 
 
 class ActionModule(ActionBase):
@@ -37,6 +40,11 @@ class ActionModule(ActionBase):
     def run(self, tmp=None, task_vars=None):
         """Name every variable that is unknown, of a wrong type or impossible."""
         result = super().run(tmp, task_vars)
+        strategy = self._task.get_play().strategy
+        if not strategy.endswith(STEP_BY_STEP):
+            said = "nothing was done: the strategy %r lets each host go on alone, and what stops a sweep must look at "
+            said += "all of them at once; set \"strategy: linear\" in the play, or ANSIBLE_STRATEGY=linear"
+            return dict(result, failed=True, msg=said % strategy)
         spec, problems, known_good = role_spec(), {}, set()
         for host, variables in self._variables_by_host(task_vars):
             key = json.dumps(variables, sort_keys=True, default=str)

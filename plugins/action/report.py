@@ -35,10 +35,11 @@ class ActionModule(ActionBase):
         names = arguments["variables"]
         known = {host: task_vars["hostvars"].raw_get(host) for host in arguments["hosts"]}
         hosts = {host: _host(variables, names) for host, variables in known.items()}
-        first = next(iter(known.values()), {})
-        manifest = (first.get(names["manifest"]) or {}).get("manifest")
-        abort = _abort(first, names)
-        published = first.get(names.get("published")) or {}
+        fetched, saved, braked, published = (
+            _once(known.values(), names.get(step)) for step in ("manifest", "saved", "brake", "published")
+        )
+        manifest = fetched.get("manifest")
+        abort = _abort(fetched, saved, braked)
         how = {
             "check_mode": self._task.check_mode,
             "abort": abort,
@@ -87,10 +88,14 @@ def _unread(gathered):
     return found
 
 
-def _abort(variables, names):
+def _once(hosts, name):
+    """Return what a step that ran once registered: all hosts have it, but for those that could not be reached then."""
+    return next((variables[name] for variables in hosts if variables.get(name)), {})
+
+
+def _abort(*steps):
     """Return why the whole batch was stopped, None when it was not."""
-    for name in ("manifest", "saved", "brake"):
-        done = variables.get(names.get(name)) or {}
+    for done in steps:
         if done.get("failed"):
             return done.get("abort") or {"code": done.get("code", "failed"), "message": done.get("msg", "")}
     return None

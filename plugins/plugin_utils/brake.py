@@ -10,28 +10,42 @@ from .words import enumerate_hosts
 BATCH_CODES = ("host_cap", "blind", "shrunk", "epoch_went_back", "other_realm")
 LATCHED = "latched"
 DEFAULT_CAPS = {"max_per_fleet": 500, "max_percent": 30, "percent_floor": 10}
+# BEFORE: of the batches of a run before this one, how many VMs they were to reap, the refusal of a latch, and which
+# host has which machine id.
+NOTHING_BEFORE = {"doomed": 0, "latched": None, "machines": {}}
 
 
-def brake(plans, caps=None, spent=0):
+def brake(plans, caps=None, before=None):
     """Return ``(abort, refused)`` for ``{host: plan}`` of one batch.
 
     ``abort`` is None or the ``{code, message}`` that stops all hosts of the batch; ``refused`` maps single hosts that
-    are to be left alone to theirs. ``caps`` are those of DEFAULT_CAPS or others, ``spent`` is how many VMs the
-    batches of this run before this one were to reap. A latch that one host remembers holds for all of them.
+    are to be left alone to theirs. ``caps`` are those of DEFAULT_CAPS or others, ``before`` is what so_far() returned
+    for the batch before. A latch that one host remembers holds for all of them, and for all batches after them.
     """
-    refused = _clones(plans)
+    before = before or NOTHING_BEFORE
+    refused = _clones(plans, before["machines"])
     # What a plan was refused for may stop the batch, which a clone does not.
     refused.update({host: plan["refused"] for host, plan in plans.items() if plan["refused"]})
-    latched = [one for _host, one in sorted(refused.items()) if one["code"] == LATCHED]
+    latched = _latched(refused) or before["latched"]
     if latched:
-        return None, dict.fromkeys(plans, latched[0])
+        return None, dict.fromkeys(plans, latched)
     aborting = [(host, one) for host, one in sorted(refused.items()) if one["code"] in BATCH_CODES]
     if not aborting:
-        return _over_cap(plans, refused, caps or DEFAULT_CAPS, spent), refused
+        return _over_cap(plans, refused, caps or DEFAULT_CAPS, before["doomed"]), refused
     host, first = aborting[0]
     others = [other for other, _one in aborting[1:]]
     also = " (refused as well: %s)" % enumerate_hosts(others) if others else ""
     return {"code": first["code"], "message": "%s: %s%s" % (host, first["message"], also)}, refused
+
+
+def so_far(before, plans, refused):
+    """Return BEFORE for the next batch, of that of this batch, its plans and which of them brake() refused."""
+    machines = {plan["ledger"]["machine_id"]: host for host, plan in plans.items() if plan["ledger"]["machine_id"]}
+    return {
+        "doomed": before["doomed"] + doomed(plans),
+        "latched": before["latched"] or _latched(refused),
+        "machines": dict(machines, **before["machines"]),
+    }
 
 
 def live_again(plans, listed, any_host_protects):
@@ -53,6 +67,10 @@ def doomed(plans):
     return sum(len(plan["begins"]) for plan in plans.values())
 
 
+def _latched(refused):
+    return next((one for _host, one in sorted(refused.items()) if one["code"] == LATCHED), None)
+
+
 def _over_cap(plans, refused, caps, spent):
     """Refuse what takes the whole run over the fleet's caps; the fleet is what the live source lists, and the dead."""
     going = spent + doomed({host: plan for host, plan in plans.items() if host not in refused})
@@ -68,12 +86,17 @@ def _over_cap(plans, refused, caps, spent):
     return None
 
 
-def _clones(plans):
-    """Refuse hosts that call themselves the same machine: the strikes of one would be believed of the other."""
+def _clones(plans, machines):
+    """Refuse hosts that call themselves the same machine: the strikes of one would be believed of the other.
+
+    Where the other was in an earlier batch, only this one is left to be refused.
+    """
     hosts = {}
     for host, plan in sorted(plans.items()):
-        if plan["ledger"]["machine_id"] is not None:
-            hosts.setdefault(plan["ledger"]["machine_id"], []).append(host)
+        machine_id = plan["ledger"]["machine_id"]
+        if machine_id is not None:
+            earlier = [machines[machine_id]] if machines.get(machine_id, host) != host else []
+            hosts.setdefault(machine_id, earlier).append(host)
     return {
         host: {
             "code": "cloned_machine_id",
@@ -82,4 +105,5 @@ def _clones(plans):
         for machine_id, clones in hosts.items()
         if len(clones) > 1
         for host in clones
+        if host in plans
     }

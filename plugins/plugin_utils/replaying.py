@@ -10,7 +10,7 @@ from __future__ import annotations
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 
 from . import inputs, planner, planning
-from .brake import DEFAULT_CAPS, brake, doomed
+from .brake import DEFAULT_CAPS, NOTHING_BEFORE, brake, doomed, so_far
 from .facts import FactsError
 from .report import printable
 from .variables import PREFIX, unknown
@@ -114,7 +114,7 @@ class _Brakes:
 
     def __init__(self, caps):
         self._caps = caps
-        self._spent = 0
+        self._before = NOTHING_BEFORE
         self._is_stopped = False
         self.totals = {"vms": 0, "resources": 0}
 
@@ -122,8 +122,8 @@ class _Brakes:
         """Return in words what becomes of a batch; add what is reaped in it to the totals."""
         if self._is_stopped:
             return "not reached"
-        abort, refused = brake(decisions, dict(DEFAULT_CAPS, **dict(caps, **self._caps)), self._spent)
-        self._spent += doomed(decisions)
+        abort, refused = brake(decisions, dict(DEFAULT_CAPS, **dict(caps, **self._caps)), self._before)
+        self._before = so_far(self._before, decisions, refused)
         if abort:
             self._is_stopped = True
             return "stopped (%(code)s): %(message)s" % abort

@@ -6,10 +6,13 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
-from hosts.fleet import Fleet, Sweep
+import yaml
+from hosts.fleet import ROOT, Fleet, Sweep
 
 pytestmark = [
     pytest.mark.hosts,
@@ -26,6 +29,20 @@ def sweep(fleet: Fleet, *arguments: str, live: dict | None = None, **variables) 
     time.sleep(0.3)
     fleet.list_live(**dict({"generated_at": time.time() + 25}, **(live or {})))
     return fleet.sweep("-e", json.dumps(dict(QUICK, **variables)), *arguments, timeout=120)
+
+
+def sweep_by(fleet: Fleet, directory: Path, keywords: dict, *, live: dict | None = None, **variables) -> Sweep:
+    """Sweep by a playbook of somebody's own, whose play has these keywords."""
+    play = {"hosts": "reap_hosts", "gather_facts": False, "roles": ["microvm.reaper.reap"], **keywords}
+    (directory / "own.yml").write_text(yaml.safe_dump([play]))
+    fleet.list_live(**dict({"generated_at": time.time() + 25}, **(live or {})))
+    argv = fleet.sweep_argv("-e", json.dumps(dict(QUICK, **variables)))
+    argv[argv.index("playbooks/reap.yml")] = str(directory / "own.yml")
+    return Sweep(subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120), None)
+
+
+def in_batches_of_one(fleet: Fleet, directory: Path, **how) -> Sweep:
+    return sweep_by(fleet, directory, {"serial": 1}, **how)
 
 
 def test_row_34_the_fleet_cap_holds_over_batches_of_one(pair: Fleet) -> None:
@@ -71,6 +88,48 @@ def test_row_35_a_reaped_vm_that_lives_stops_the_realm(pair: Fleet) -> None:
     assert sweep(pair, "--limit", second).code != 0
     assert sweep(pair, reap_clear_latch="test").code == 0
     assert sweep(pair).code == 0
+
+
+def test_row_05_a_clone_in_another_batch(pair: Fleet, tmp_path: Path) -> None:
+    pair.plant(FEW)
+    first, second = sorted(pair.hosts())
+    ids = {host: pair.run(host, "cat /etc/machine-id", check=True).stdout.strip() for host in (first, second)}
+    adopt = {"reap_adopt_host": True}
+    try:
+        pair.run(second, f"echo {ids[first]} > /etc/machine-id", check=True)
+        cloned = in_batches_of_one(pair, tmp_path, **adopt)
+        said = " ".join(cloned.output.split())
+        assert cloned.code == 2 and f"{first} and {second} have the same machine id {ids[first]}" in said, said
+        assert pair.ledger(first)["strikes"] and not (pair.ledger(second) or {}).get("strikes")
+    finally:
+        pair.run(second, f"echo {ids[second]} > /etc/machine-id", check=True)
+    assert in_batches_of_one(pair, tmp_path, **adopt).code == 0
+    assert sweep(pair).code == 0
+    assert pair.check("gone") == []
+
+
+def test_row_04_an_older_copy_that_answers_a_later_batch(pair: Fleet, tmp_path: Path) -> None:
+    """The hosts of that batch have never seen the newer one."""
+    pair.plant(FEW)
+    now = time.time() + 25
+    for epoch, host in enumerate(sorted(pair.hosts(), reverse=True), start=10**6):
+        pair.list_live(generated_at=now, epoch=epoch)
+        (pair.state / "live.json").rename(pair.state / f"{host}.json")
+    copy = f"cp {pair.state}/{{{{ inventory_hostname }}}}.json {pair.state}/live.json"
+    answers = {"ansible.builtin.command": copy, "delegate_to": "localhost", "connection": "local"}
+    done = sweep_by(pair, tmp_path, {"serial": 1, "pre_tasks": [answers]}, live={"epoch": 1})
+    said = " ".join(done.output.split())
+    assert done.code == 2 and "epoch_went_back" in said and "was at epoch 1000001 and is at 1000000 now" in said, said
+
+
+@pytest.mark.parametrize("strategy", ["free", "host_pinned"])
+def test_a_strategy_that_lets_hosts_go_on_alone_is_refused(pair: Fleet, tmp_path: Path, strategy: str) -> None:
+    """By it run_once means once for each host, and the caps of the fleet would look at a part of it."""
+    pair.plant(FEW)
+    before = {host: pair.ledger(host) for host in pair.hosts()}
+    done = sweep_by(pair, tmp_path, {"strategy": strategy})
+    assert done.code == 2 and f"the strategy '{strategy}' lets each host go on alone" in done.output, done.output
+    assert {host: pair.ledger(host) for host in pair.hosts()} == before
 
 
 def test_pins_of_the_operator_and_of_a_host(pair: Fleet) -> None:

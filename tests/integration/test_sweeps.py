@@ -468,12 +468,16 @@ def test_one_item_that_fails_does_not_stop_the_others(pair: Fleet) -> None:
 
 
 def test_the_hosts_that_answer_are_swept(pair: Fleet, tmp_path: Path) -> None:
-    """Row 33: and the exit code tells of the one that did not."""
-    ghost = inventory(tmp_path / "ghost.yml", ghost=GHOST)
+    """Row 33: and the exit code tells of the one that did not, the first by its name."""
+    ghost = inventory(tmp_path / "ghost.yml", a_ghost=GHOST)
     pair.plant(FEW)
     listed(pair)
-    codes = [sweep(pair, *ghost).code for _turn in range(2)]
-    assert codes == [4, 4] and pair.check("gone") == []
+    assert sweep(pair, *ghost).code == 4
+    capped = sweep(pair, *ghost, reap_max_per_fleet=3)
+    assert capped.code != 0 and capped.report["stopped"]["code"] == "fleet_cap", capped.output
+    done = sweep(pair, *ghost)
+    assert done.code == 4 and done.report["manifest"]["count"] == 4, done.output
+    assert pair.check("gone") == []
 
 
 def test_a_cap_that_is_tripped_on_one_host_or_by_all_stops_all(pair: Fleet, tmp_path: Path) -> None:

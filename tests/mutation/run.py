@@ -37,7 +37,7 @@ KILLED, TIMEOUT, SURVIVED = "killed", "timeout", "survived"
 # The modules that are mutated, and the files in tests/unit that are about them.
 SUBJECTS = {
     "plugins/plugin_utils/manifest.py": ["manifest", "collector", "sources"],
-    "plugins/module_utils/ledger.py": ["ledger", "latch_and_pins", "acts"],
+    "plugins/module_utils/ledger.py": ["ledger", "ladder", "latch_and_pins", "acts"],
     "plugins/plugin_utils/planner.py": ["planner", "ladder", "latch_and_pins", "supervisors", "what_a_plan_says"],
     "plugins/plugin_utils/brake.py": ["brake"],
 }

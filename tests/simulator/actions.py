@@ -274,7 +274,7 @@ def clone(world):
     """A host is made anew from the image of another: it has that one's machine id, and maybe its ledger."""
     host = world.pick(world.hosts)
     other = world.pick([one for one in world.hosts if one is not host])
-    if host.machine == other.machine:
+    if host.machine == other.machine or (other.bound and other.bound[0] == host.known_as):
         return  # its own old ledger would come back with it, and nobody can tell
     host.machine = other.machine
     # A ledger may remember nothing, so neither may be called by a wrong name.

@@ -287,7 +287,7 @@ def what_lives_elsewhere_counts_as_reaped(patch):
 def what_was_spent_is_forgotten(patch):
     """Each batch has the caps of the run for itself."""
     real = brake.brake
-    patch.setattr(brake, "brake", lambda plans, caps, spent: real(plans, caps))
+    patch.setattr(brake, "brake", lambda plans, caps, before: real(plans, caps))
 
 
 def there_is_no_cap_of_the_fleet(patch):

@@ -86,7 +86,7 @@ class Run:
     """The batches of one run, and how many VMs it was to reap and reaped."""
 
     def __init__(self):
-        self.batches, self.spent, self.reaped = [], 0, set()
+        self.batches, self.before, self.reaped = [], brake.NOTHING_BEFORE, set()
 
 
 class Weather:
@@ -209,10 +209,10 @@ class Sweeper:
             batch.plans[host] = planner.plan(one, mine, policy, TRAITS)
 
     def _brake(self, run, batch):
-        """What the action brake does: the sum of what earlier batches were to reap is carried on."""
+        """What the action brake does: what must be known of earlier batches is carried on."""
         plans = {batch.names[host]: plan for host, plan in batch.plans.items()}
-        batch.stopped, refused = brake.brake(plans, batch.caps, run.spent)
-        run.spent += brake.doomed(plans)
+        batch.stopped, refused = brake.brake(plans, batch.caps, run.before)
+        run.before = brake.so_far(run.before, plans, refused)
         batch.refused = {host: refused[name] for host, name in batch.names.items() if name in refused}
         for host, refusal in batch.refused.items():
             self.world.refusals[host] = refusal["code"]

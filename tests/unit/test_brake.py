@@ -8,7 +8,13 @@ import pathlib
 
 import pytest
 import yaml
-from ansible_collections.microvm.reaper.plugins.plugin_utils.brake import DEFAULT_CAPS, brake, live_again
+from ansible_collections.microvm.reaper.plugins.plugin_utils.brake import (
+    DEFAULT_CAPS,
+    NOTHING_BEFORE,
+    brake,
+    live_again,
+    so_far,
+)
 
 DEFAULTS = pathlib.Path(__file__).resolve().parents[2] / "roles/reap/defaults/main.yml"
 
@@ -51,6 +57,36 @@ def test_row_05_clones():
     assert "h1 and h3" in refused["h1"]["message"]
 
 
+def over_batches(*batches):
+    """Return what brake() says of each batch of a run."""
+    before, said = NOTHING_BEFORE, []
+    for plans in batches:
+        abort, refused = brake(plans, CAPS, before)
+        before = so_far(before, plans, refused)
+        said.append((abort and abort["code"], {host: one["code"] for host, one in refused.items()}))
+    return said
+
+
+def test_row_05_a_clone_of_a_host_of_an_earlier_batch():
+    first, other, clone = {"h1": plan(machine_id="a")}, {"h2": plan(machine_id="b")}, {"h3": plan(machine_id="a")}
+    assert over_batches(first, other, clone)[2] == (None, {"h3": "cloned_machine_id"})
+    # A host that is asked again, and hosts that have none, are no clones.
+    assert over_batches(first, first, {"h4": plan()}, {"h5": plan()})[1:] == [(None, {})] * 3
+    before = so_far(NOTHING_BEFORE, first, {})
+    assert "h1 and h3 have the same machine id a" in brake(clone, CAPS, before)[1]["h3"]["message"]
+
+
+def test_row_35_a_latch_holds_for_the_batches_after_it():
+    latched = {"h2": plan("latched", dying=2)}
+    said = over_batches({"h1": plan(dying=2)}, latched, {"h3": plan(dying=2)}, {"h4": plan("blind")})
+    assert said == [(None, {}), (None, {"h2": "latched"}), (None, {"h3": "latched"}), (None, {"h4": "latched"})]
+
+
+def test_row_34_the_batches_of_a_run_are_added_up():
+    ten = {"h1": plan(dying=10)}
+    assert over_batches(ten, ten, {"h2": plan(dying=1)}) == [(None, {}), (None, {}), ("fleet_cap", {})]
+
+
 CAPS = {"max_per_fleet": 20, "max_percent": 30, "percent_floor": 10}
 
 
@@ -70,7 +106,7 @@ CAPS = {"max_per_fleet": 20, "max_percent": 30, "percent_floor": 10}
     ],
 )
 def test_row_34_the_fleet_has_a_cap_of_its_own_over_all_batches(plans, spent, stopped):
-    abort, _refused = brake(plans, CAPS, spent)
+    abort, _refused = brake(plans, CAPS, dict(NOTHING_BEFORE, doomed=spent))
     assert (abort is None) == (stopped is None)
     if abort:
         assert abort["code"] == "fleet_cap"
