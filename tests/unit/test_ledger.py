@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pathlib
 import stat
 import subprocess
 import sys
@@ -154,6 +155,10 @@ def strike(**changes):
     return corrupt(strikes={"a b": dict(STRIKE, **changes)})
 
 
+def aside(**changes):
+    return corrupt(aside=[dict(INTENT, **dict({"since": 1.0, "boot_id": "b", "state": "aside"}, **changes))])
+
+
 def remembered(**changes):
     return corrupt(manifest=dict({"epochs": {}, "count": None, "counts": {}}, **changes))
 
@@ -184,11 +189,16 @@ def remembered(**changes):
         (corrupt(intents=[dict(INTENT, name=None)]), "an intent without kind, name or identity"),
         (corrupt(intents=[dict(INTENT, vm_id="../x")]), "an intent without vm_id"),
         (corrupt(intents=[dict(INTENT, details=None)]), "an intent without vm_id or details"),
+        (aside(since=float("inf")), "something aside without an instant, a boot id or a state"),
+        (aside(boot_id=None), "something aside without an instant, a boot id or a state"),
+        (aside(state="gone"), "something aside without an instant, a boot id or a state"),
         (remembered(epochs=[]), "AttributeError"),
         (remembered(epochs={"a": "x"}), "TypeError"),
         (remembered(epochs={"a": float("inf")}), "an epoch that is no number"),
         (remembered(count="x"), "TypeError"),
         (remembered(count=float("nan")), "a count that is no number"),
+        (remembered(count=-1), "a count that is no number"),
+        (remembered(counts={"cp": (1 << 53) + 1}), "a count that is no number"),
         (corrupt(reaped={"../x": 1}), "a reaped VM without id"),
         (corrupt(reaped={"v1": float("inf")}), "a reaped VM without id or time"),
         (corrupt(latch={"code": "c"}), "KeyError: 'message'"),
@@ -229,6 +239,57 @@ def test_the_pins_may_be_as_large_as_the_limit_and_no_larger(tmp_path, monkeypat
         (tmp_path / "keep").write_text(text, "utf-8")
         with pytest.raises(ledgers.LedgerError, match="keep are larger than 5 bytes"):
             ledgers.pins(str(tmp_path))
+
+
+@pytest.mark.parametrize("count", [0, 1, 1 << 53])
+def test_a_count_may_be_nothing_and_as_much_as_any_number_in_json(state, count):
+    write(state, remembered(count=count))
+    ledger, problem = ledgers.load(state, REALM)
+    assert (ledger["manifest"]["count"], problem) == (count, None)
+
+
+# --- pins that undo makes
+
+
+def test_what_is_brought_back_is_pinned_in_lines_of_its_own(state):
+    path = os.path.join(state, "keep")
+    ledgers.pin(state, ["v1", "v2"], "2030-01-02")
+    first = b"v1 until 2030-01-02  # brought back\nv2 until 2030-01-02  # brought back\n"
+    assert pathlib.Path(path).read_bytes() == first
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    before = {b"": b"", b"v8\n": b"", b"v8 # no end of line": b"\n", b"\n\n": b"", b"v\n8": b"\n"}
+    for written, joint in before.items():
+        pathlib.Path(path).write_bytes(written)
+        ledgers.pin(state, ["v3"], "2030-01-02")
+        assert pathlib.Path(path).read_bytes() == written + joint + b"v3 until 2030-01-02  # brought back\n"
+
+
+def test_a_pin_is_on_the_disk_before_anything_is_brought_back(state, monkeypatch):
+    calls = []
+
+    def fsync(descriptor):
+        status = os.fstat(descriptor)
+        calls.append("directory" if stat.S_ISDIR(status.st_mode) else status.st_size)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    ledgers.pin(state, ["v1"], "2030-01-02")
+    assert calls[-2:] == [os.path.getsize(os.path.join(state, "keep")), "directory"]
+
+
+def test_pins_that_cannot_be_written_are_an_error(state, tmp_path):
+    ledgers.pin(state, ["v1"], "2030-01-02")
+    path = os.path.join(state, "keep")
+    (tmp_path / "theirs").write_text("precious")
+    os.unlink(path)
+    os.symlink(tmp_path / "theirs", path)
+    with pytest.raises(ledgers.LedgerError) as caught:
+        ledgers.pin(state, ["v1"], "2030-01-02")
+    assert str(caught.value) == "cannot write the pins %s: Too many levels of symbolic links" % path
+    assert (tmp_path / "theirs").read_text() == "precious"
+    os.chmod(state, 0o777)
+    os.unlink(path)
+    with pytest.raises(ledgers.LedgerError, match="writable by nobody else"):
+        ledgers.pin(state, ["v1"], "2030-01-02")
 
 
 @settings(max_examples=60, deadline=None)
