@@ -86,8 +86,8 @@ def fetch(sources, context, path, *, max_age):
 def still_listed(sources, context, vm_ids, handle, *, max_age):
     """Return ``({vm_id: [host]}, BUDGET)`` of those ids that any source lists now; no host means everywhere.
 
-    A source that is asked about single VMs says nothing of its budget. ``handle`` is that of fetch(). Raises ManifestError when a source that answered then does not answer now, or goes
-    back behind what it said then.
+    A source that is asked about single VMs says nothing of its budget. ``handle`` is that of fetch(). Raises
+    ManifestError when a source that answered then does not answer now, or goes back behind what it said then.
     """
     found, budgets = {}, []
     for module, options in _lists(sources):
