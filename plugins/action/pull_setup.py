@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import urllib.parse
 
 from ansible import constants as C
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
@@ -38,10 +39,11 @@ class ActionModule(ActionBase):
         known = dict(pulling.of_the_host(given, spec), reap_host_id=given.get(PREFIX + "host_id", host))
         content = pulling.files(os.path.normpath(ROOT))
         name = "%s-%s" % (version(), pulling.digest(content))
-        path = os.path.join(C.DEFAULT_LOCAL_TMP, "pull-%s.tar.gz" % name)  # type: ignore[attr-defined]
+        here = C.DEFAULT_LOCAL_TMP  # type: ignore[attr-defined]
+        path = os.path.join(here, "pull-%s.tar.gz" % name)
         if not os.path.exists(path):
             _write(path, pulling.archive(content, PLACE))
-        inventory = tempfile.mktemp(prefix="pull-", suffix=".yml", dir=C.DEFAULT_LOCAL_TMP)  # type: ignore[attr-defined]
+        inventory = os.path.join(here, "pull-%s.yml" % urllib.parse.quote(host, safe=""))
         _write(inventory, pulling.inventory(host, known).encode())
         result.update(changed=False, version=name, archive=path, inventory=inventory, variables=sorted(known))
         return result
