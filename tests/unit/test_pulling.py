@@ -178,6 +178,7 @@ def script(tmp_path, text):
 def test_systemd_is_told_and_the_exit_code_is_that_of_the_playbook(tmp_path):
     argv, environment = script(tmp_path, 'echo "$@" > "%s/arguments"; exit 2' % tmp_path)
     (tmp_path / "report.json").write_text('{"headline": "of the sweep before"}')
+    (tmp_path / "tmp/of-a-killed-sweep").mkdir(parents=True)
     environment["NOTIFY_SOCKET"] = "@reaper-test-%d" % os.getpid()
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
         listener.bind(environment["NOTIFY_SOCKET"].replace("@", "\0"))
@@ -187,6 +188,7 @@ def test_systemd_is_told_and_the_exit_code_is_that_of_the_playbook(tmp_path):
     assert done.returncode == 2
     assert told == ["STATUS=sweeping", "STATUS=" + done.stdout.strip()]
     assert "code 2 before it had anything to report" in told[1]
+    assert not (tmp_path / "tmp").exists()
     extra = "reap_report_path=%s/report.json" % tmp_path
     assert (tmp_path / "arguments").read_text() == "-i hosts.yml -e %s reap.yml\n" % extra
 

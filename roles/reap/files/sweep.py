@@ -10,6 +10,7 @@ and ends when what the sweep still reads in the background has ended, with the p
 import ctypes
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,8 +26,11 @@ LONGEST = 400
 def main(argv):
     """Sweep; return the exit code."""
     program, playbook, inventory = argv[1:]
-    report = os.path.join(os.environ.get("RUNTIME_DIRECTORY", "/run/microvm.reaper"), "report.json")
+    place = os.environ.get("RUNTIME_DIRECTORY", "/run/microvm.reaper")
+    report = os.path.join(place, "report.json")
     forget(report)
+    # A sweep that was killed left its copy of the list there, and we are alone: systemd starts no second one.
+    shutil.rmtree(os.path.join(place, "tmp"), ignore_errors=True)
     # What outlives its parent becomes our child, so that we can wait for it.
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     tell("sweeping")
