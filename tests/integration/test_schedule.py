@@ -16,6 +16,8 @@ import pytest
 from hosts.fleet import BIN, ROOT, write_list
 from hosts.systemd import Systemd, needs_systemd
 
+pytestmark = [pytest.mark.hosts, pytest.mark.timeout(900)]
+
 REALM, SERVICE, TIMER = "pull", "microvm-reaper.service", "microvm-reaper.timer"
 LIBRARY, INVENTORY = "/usr/local/lib/microvm.reaper", "/etc/microvm.reaper/hosts.yml"
 STATE = "/var/lib/microvm.reaper"

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 # Copyright: The microvm.reaper authors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 """One sweep of this host by itself, as systemd starts it: sweep.py ANSIBLE_PLAYBOOK PLAYBOOK INVENTORY
