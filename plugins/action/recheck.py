@@ -7,7 +7,7 @@ from __future__ import annotations
 from ansible.plugins.action import ActionBase
 from ansible_collections.microvm.reaper.plugins.action.live_manifest import SPEC, context
 from ansible_collections.microvm.reaper.plugins.plugin_utils import sources
-from ansible_collections.microvm.reaper.plugins.plugin_utils.brake import live_again
+from ansible_collections.microvm.reaper.plugins.plugin_utils.brake import live_again, over_budget_now
 from ansible_collections.microvm.reaper.plugins.plugin_utils.manifest import ManifestError
 
 
@@ -38,12 +38,14 @@ class ActionModule(ActionBase):
         handle = arguments["manifest"]
         about = context(self, task_vars, arguments)
         try:
-            listed = sources.still_listed(arguments["sources"], about, doomed, handle, max_age=arguments["max_age"])
+            listed, budget = sources.still_listed(
+                arguments["sources"], about, doomed, handle, max_age=arguments["max_age"]
+            )
         except ManifestError as err:
             why = "the live source did not answer once more (%s): %s" % (err.code, err)
             result.update(warnings=["nothing is reaped: %s" % why])
             spare = {host: {token["vm_id"]: why for token in plan["reap"]} for host, plan in plans.items()}
         else:
-            spare = live_again(plans, listed, not handle["names_hosts"])
+            spare = dict(live_again(plans, listed, not handle["names_hosts"]), **over_budget_now(plans, budget))
         result.update(spare=spare)
         return result

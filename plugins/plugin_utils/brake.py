@@ -4,10 +4,11 @@
 
 from __future__ import annotations
 
+from .manifest import budget_of
 from .words import enumerate_hosts
 
 # A host refused for one of these says something about the live source or about the sweep, not about itself.
-BATCH_CODES = ("host_cap", "blind", "shrunk", "epoch_went_back", "other_realm")
+BATCH_CODES = ("host_cap", "over_budget", "blind", "shrunk", "epoch_went_back", "other_realm")
 LATCHED = "latched"
 DEFAULT_CAPS = {"max_per_fleet": 500, "max_percent": 30, "percent_floor": 10}
 # BEFORE: of the batches of a run before this one, how many VMs they were to reap, the refusal of a latch, and which
@@ -59,6 +60,20 @@ def live_again(plans, listed, any_host_protects):
         for vm_id in sorted({token["vm_id"] for token in plan["reap"]} & set(listed)):
             if any_host_protects or not listed[vm_id] or plan["host"] in listed[vm_id]:
                 found.setdefault(host, {})[vm_id] = "asked once more, the live source lists the VM here"
+    return found
+
+
+def over_budget_now(plans, budget):
+    """Return ``{host: {vm_id: why}}`` of all that was to be reaped on hosts that may not take so much any more.
+
+    ``budget`` is the BUDGET (see manifest.py) of the live sources when they were asked once more.
+    """
+    found = {}
+    for host, plan in plans.items():
+        most = budget_of(budget, plan["host"])
+        if most is not None and plan["reap"] and (not most or len(plan["begins"]) > most):
+            why = "asked once more, the live source has a budget of %d VMs for this host" % most
+            found[host] = {token["vm_id"]: why for token in plan["reap"]}
     return found
 
 

@@ -52,6 +52,7 @@ REFUSALS = {
     "epoch_went_back": "Wait for the live source to catch up, or point reap_live_sources at one that is not behind.",
     "shrunk": "If so many VMs are really gone, raise reap_max_shrink_percent for one sweep.",
     "host_cap": "If so many VMs are really dead, raise the cap for one sweep.",
+    "over_budget": "The control plane sets it, in the key 'budget' of its list: raise it there if so many are dead.",
     "fleet_cap": "If so many VMs are really dead, raise the cap for one sweep.",
     "cloned_machine_id": "The strikes of one would be believed of the other.",
 }

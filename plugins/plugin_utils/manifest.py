@@ -6,10 +6,11 @@ Collector takes the documents of several sources, checks them, and writes them t
 host's share: a manifest of a million VMs is never in memory. check() and union() do the same in memory.
 
 DOCUMENT ``{realm, generated_at, complete, vms: [{vm_id, host, state, also_on}]}`` and optionally ``source, epoch,
-count, sha256, hosts, tombstones: [{vm_id, destroyed_at}], proven, unproven``. ``vms`` may be any iterator, which is
-taken once, of VMs or of COLUMNS of them; ``realm, generated_at, hosts`` must be there before, everything else only when
-it is exhausted. ``proven`` is False where nothing shows that the list is complete, ``unproven`` says why.
+count, sha256, hosts, tombstones: [{vm_id, destroyed_at}], budget, proven, unproven``. ``vms`` may be any iterator,
+which is taken once, of VMs or of COLUMNS of them; ``realm, generated_at, hosts`` must be there before, everything else
+only when it is exhausted. ``proven`` is False where nothing shows that the list is complete, ``unproven`` says why.
 ``made_before`` is an instant of our own clock at which the list was there: it is no younger, whatever it says itself.
+``budget`` is how many VMs one host may begin to reap by this list, a number or ``{host: number}``, see budget_of().
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ TERMINAL_STATES = ("deleted", "destroyed", "saga_unwound", "terminated")
 # a new VM to be listed. A list from further in the future shows that they differ by more.
 FUTURE_SECONDS = 30
 VM_IDS = re.compile(r"%s(?:\n%s)*" % (VM_ID.pattern, VM_ID.pattern))
+# In a budget: each host that it does not name. And more than anybody can mean.
+ANY_HOST, MAX_BUDGET = "*", 10**9
 # VMs that are looked at together, rows of the index that are written together, and ids that are kept for their hosts.
 PAGE, ROWS, KEPT = 1000, 400, 100_000
 
@@ -58,7 +61,7 @@ class ManifestError(Exception):
 
 def check(document, source, *, now, max_age, terminal_states=TERMINAL_STATES):
     """Return one source's document as ``{realm, source, epoch, generated_at, age, count, proven, unproven, hosts, vms,
-    tombstones}``.
+    tombstones, budget}``.
 
     ``vms`` maps the ids of what lives to ``[host]`` (no host: it lives everywhere), ``tombstones`` maps ids to the
     seconds since they were destroyed (None: unknown), ``generated_at`` is in seconds since 1970, ``age`` in seconds,
@@ -117,10 +120,52 @@ def _joined(manifests):
         "age": max(one["age"] for one in manifests),
         "proven": not unproven,
         "unproven": unproven,
+        "budget": joined_budget(one["budget"] for one in manifests),
         "hosts": None if any(one["hosts"] is None for one in manifests) else sorted({
             host for one in manifests for host in one["hosts"]
         }),
     }
+
+
+def budget(document, source, hosts=None):
+    """Return the BUDGET of a document, ``{host: number}``, None where it has none; ``hosts`` are all it speaks for.
+
+    Raises ManifestError. A budget of null is none that can be believed: it may have been meant to stop everything.
+    """
+    if "budget" not in document:
+        return None
+    found = document["budget"]
+    if not isinstance(found, dict):
+        found = {ANY_HOST: found}
+    known = None if hosts is None else {ANY_HOST, *hosts}
+    for host, most in found.items():
+        # A host that goes by two names would have the number of all others.
+        if _text(host, source, ": budget") and known is not None and host not in known:
+            raise ManifestError("unknown_host", "%s: the budget is of host %.200r, which is not in the manifest's hosts"
+                                % (source, host))
+        if isinstance(most, bool) or not isinstance(most, int) or not 0 <= most <= MAX_BUDGET:
+            raise ManifestError(
+                "not_a_manifest",
+                "%s: 'budget' must be a whole number of VMs from 0 to %d, or a mapping of hosts to such, not %.200r; "
+                "leave it out where there is none" % (source, MAX_BUDGET, most),
+            )
+    return dict(found)
+
+
+def budget_of(whole, host):
+    """Return how many VMs the host may begin to reap by a BUDGET, None: as many as the caps allow.
+
+    A host that it does not name may what it says of ANY_HOST, and else nothing.
+    """
+    return None if whole is None else whole.get(host, whole.get(ANY_HOST, 0))
+
+
+def joined_budget(budgets):
+    """Return the BUDGET of several sources, of which each counts that has one: for each host the smallest."""
+    given = [one for one in budgets if one is not None]
+    if not given:
+        return None
+    return {host: min(budget_of(one, host) for one in given) for host in sorted({ANY_HOST}.union(*given))}
 
 
 def sha256(vm_ids):
@@ -157,7 +202,7 @@ class Collector:
         count, one = self._writer.count(), len(self._heads) == 1
         counts = [count if one else self._writer.count(number) for number in range(len(self._heads))]
         joined = _joined([dict(head, count=counts[number]) for number, head in enumerate(self._heads)])
-        self._writer.close(joined["hosts"])
+        self._writer.close(joined["hosts"], joined["budget"])
         return _handle(dict(joined, count=count), self._path)
 
 
@@ -223,6 +268,7 @@ class _Writer:
             "CREATE TABLE ended (vm_id TEXT, since REAL, source INTEGER, is_listed INTEGER)",
             "CREATE TABLE tombstone (vm_id TEXT PRIMARY KEY, since REAL) WITHOUT ROWID",
             "CREATE TABLE host (name TEXT PRIMARY KEY) WITHOUT ROWID",
+            "CREATE TABLE budget (host TEXT PRIMARY KEY, vms INTEGER) WITHOUT ROWID",
             "BEGIN",
         ):
             self._connection.execute(statement)
@@ -294,8 +340,9 @@ class _Writer:
         where = "" if number is None else "WHERE source = %d" % number
         return self._connection.execute("SELECT COUNT(*) FROM (SELECT DISTINCT vm_id FROM vm %s)" % where).fetchone()[0]
 
-    def close(self, hosts):
-        """Write the hosts that the manifest speaks for, and end."""
+    def close(self, hosts, whole_budget):
+        """Write the hosts that the manifest speaks for and their budget, and end."""
+        self._connection.executemany("INSERT INTO budget VALUES (?, ?)", (whole_budget or {}).items())
         self._connection.executemany("INSERT OR IGNORE INTO host VALUES (?)", ((name,) for name in hosts or []))
         self._connection.execute("COMMIT")
         self._connection.close()
@@ -308,7 +355,7 @@ class Index:
         self.path = path
 
     def look_up(self, vm_ids, host, any_host_protects):
-        """Return ``{live, elsewhere, tombstones, host_listed}`` for these ids on this host.
+        """Return ``{live, elsewhere, tombstones, budget, host_listed}`` for these ids on this host.
 
         ``any_host_protects``: the manifest does not say which hosts it speaks for, so a VM that is named on another one
         may be here all the same under a name of this host that we do not know.
@@ -332,12 +379,14 @@ class Index:
                     connection.execute("SELECT vm_id, since FROM tombstone WHERE vm_id IN (%s)" % marks, part)
                 )
             listed = connection.execute("SELECT 1 FROM host WHERE name = ?", (host,)).fetchone() is not None
+            mine = dict(connection.execute("SELECT host, vms FROM budget WHERE host IN (?, ?)", (host, ANY_HOST)))
         finally:
             connection.close()
         return {
             "live": sorted(live),
             "elsewhere": {vm_id: sorted(hosts) for vm_id, hosts in sorted(elsewhere.items()) if vm_id not in live},
             "tombstones": tombstones,
+            "budget": budget_of(mine or None, host),
             "host_listed": listed,
         }
 
@@ -354,7 +403,7 @@ def handle(manifest, path):
     writer.add_vms(0, [place for place, _vm_id in rows], [vm_id for _place, vm_id in rows])
     writer.add_tombstones(0, manifest["tombstones"].items())
     writer.index()
-    writer.close(manifest["hosts"])
+    writer.close(manifest["hosts"], manifest["budget"])
     return _handle(manifest, path)
 
 
@@ -417,7 +466,8 @@ def _closed(document, head, listed, ids):
     if document.get("proven", True) is not True:
         unproven = document.get("unproven") or "it does not prove that its list is complete"
         unproven = _text(unproven, "%s: unproven" % source)
-    return dict(head, epoch=epoch, proven=not unproven, unproven=unproven)
+    most = budget(document, source, head["hosts"])
+    return dict(head, epoch=epoch, proven=not unproven, unproven=unproven, budget=most)
 
 
 def _not_after(generated_at, document, source):

@@ -14,7 +14,7 @@ The rules, in the order in which they are applied:
    not be read).
 5. What goes climbs a ladder: first the step that can be taken back, and after the hold, in a later plan, if nothing
    speaks against it by then, the one that cannot.
-6. More than the caps allow: the whole plan is refused. It is never cut short.
+6. More than the caps, or the budget of the live source, allow: the whole plan is refused. It is never cut short.
 """
 
 from __future__ import annotations
@@ -168,7 +168,8 @@ def plan(facts, share, policy, kinds):
             why}``, what they say; a kind may have ``places: {name: percent that is full}``
     share   what the live manifest says of this host and of the ids in the facts: ``{realm, source, epoch, epochs,
             generated_at, age, count, counts, proven, unproven, host_known, live: [vm_id], elsewhere: {vm_id: [host]},
-            tombstones: {vm_id: seconds since destroyed, or null}}``; ``age`` in seconds when it was fetched
+            tombstones: {vm_id: seconds since destroyed, or null}, budget}``; ``age`` in seconds when it was fetched;
+            ``budget`` is how many VMs may begin to go by this list, None or missing: as many as the caps allow
     policy  see DEFAULT_POLICY
     kinds   ``{kind: {order, stops, depends_on, resumes, aside, takes}}``
 
@@ -186,7 +187,9 @@ def plan(facts, share, policy, kinds):
     ladder = _Ladder(judge, families)
     tokens = _in_order(ladder.climb(_going(families, kinds, judge)) + ladder.finish(), kinds)
     living = _living(facts, judge.live)
-    refused = _over_cap(living + len(set(families) | _vm_ids(tokens)), ladder.begins, policy)
+    refused = _over_budget(share, ladder.begins, tokens) or _over_cap(
+        living + len(set(families) | _vm_ids(tokens)), ladder.begins, policy
+    )
     found = {"families": families, "living": living, "counts": _counts(facts, families, tokens, ladder.aside, LIVE)}
     if refused:
         return _plan(facts, share, policy, refused=refused, **found)
@@ -1048,6 +1051,18 @@ def _over_cap(everybody, begins, policy):
             % (doomed, everybody, percent, policy["max_percent_per_host"]),
         )
     return None
+
+
+def _over_budget(share, begins, tokens):
+    """Refuse a plan that takes more VMs than the live source lets one host take; 0 also keeps what is begun."""
+    budget = share.get("budget")
+    if budget is None or (len(begins) <= budget if budget else not tokens):
+        return None
+    said = "%d VMs would be reaped on this host, more than the budget of %d VMs for each sweep of it that the live "
+    if not budget:
+        said = "%d VMs would be reaped on this host, and something of %d, but nothing may be: the budget of the live "
+        return _refusal("over_budget", (said + "source %s is 0") % (len(begins), len(_vm_ids(tokens)), share["source"]))
+    return _refusal("over_budget", (said + "source %s gives") % (len(begins), budget, share["source"]))
 
 
 def _remembered(before, share, policy):

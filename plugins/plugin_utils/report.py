@@ -50,20 +50,22 @@ def text(realm, manifest, hosts, *, check_mode=False, abort=None, sweep="", unpu
 
 
 def as_json(realm, manifest, hosts, *, check_mode=False, abort=None, sweep="", unpublished=None):
-    """Return the same as a structure, with every family and every outcome.
+    """Return the same as a structure, with every family and every outcome; ``headline`` is its first line.
 
     ``zombies`` are those that are left, by parent: ``[{parent: HOLDER, count, vms: [vm_id]}]``.
     """
     hosts = _believed(hosts)
     said = ("source", "epoch", "count", "generated_at", "unproven")
+    summary = summarize(hosts)
     return {
+        "headline": printable(_headline(realm, manifest, hosts, summary, check_mode, abort)),
         "realm": realm,
         "manifest": {key: manifest.get(key) for key in said} if manifest else None,
         "check_mode": check_mode,
         "sweep": sweep,
         "stopped": abort,
         "unpublished": unpublished,
-        "kinds": summarize(hosts),
+        "kinds": summary,
         "hosts": {
             host: {
                 "refused": one["refused"],

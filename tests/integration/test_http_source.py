@@ -192,6 +192,17 @@ def test_all_pages_of_all_kinds(api, paging, count):
     assert len(api.requests) == pages * reads
 
 
+def test_a_budget_is_that_of_the_first_page(api):
+    fleet = Fleet(api, limits={"reap": {"h1": 2, "*": 0}})
+    assert "budget" not in fleet.whole()
+    assert fleet.whole(about={"budget": "limits.reap"})["budget"] == {"h1": 2, "*": 0}
+    assert "about.budget (limits.gone) finds nothing" in fleet.refusal(about={"budget": "limits.gone"})[1]
+    # One that counts down with each question is a budget all the same, and no list that changes.
+    fleet.before = {number: lambda number=number: fleet.said.update(limits=9 - number) for number in range(20)}
+    got = fleet.whole(about={"budget": "limits"})
+    assert (got["proven"], type(got["budget"])) == (True, int)
+
+
 def test_an_epoch_on_each_page_spares_the_second_read_of_pages_by_number(api):
     fleet = Fleet(api, paging="page", count=4, size=2, total=4, at=9)
     got = fleet.whole(about={"count": "total", "epoch": "at"})

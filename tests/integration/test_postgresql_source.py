@@ -349,6 +349,16 @@ def test_who_never_reads_hangs_up_too(ask):
 # --- old copies and clocks
 
 
+def test_the_budget_is_a_number_of_the_database(ask):
+    assert "budget" not in ask.whole()
+    assert ask.whole(budget_query="SELECT 3")["budget"] == 3
+    assert ask.whole(budget_query="SELECT count(*) - count(*) FROM vm")["budget"] == 0
+    for wrong in ("-1", "2.5", "'all'", "1e400::numeric"):
+        with pytest.raises(manifest.ManifestError, match="'budget' must be a whole number"):
+            manifest.check(ask.open(budget_query="SELECT %s" % wrong), "s", now=time.time(), max_age=600)
+    assert "budget_query must return one row, and no NULL" in ask.refused(budget_query="SELECT NULL::int")[1]
+
+
 def test_row_04_the_epoch_only_grows(ask):
     first = ask.whole()["epoch"]
     assert ask.whole()["epoch"] >= first

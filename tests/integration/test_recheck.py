@@ -75,6 +75,17 @@ def test_what_lives_again_is_spared_and_the_rest_goes(pair: Fleet, tmp_path: Pat
     assert pair.left(sorted(pair.hosts())[1]) == []
 
 
+def test_what_the_control_plane_takes_back_meanwhile_is_spared(pair: Fleet, tmp_path: Path) -> None:
+    pair.plant(FEW)
+    first, second = sorted(pair.hosts())
+    swept = second_sweep(pair, tmp_path, lambda: json.dumps(document(pair, budget={first: 1, "*": 2})))
+    assert swept.code == 0, swept.output
+    assert "spared: asked once more, the live source has a budget of 1 VMs for this host" in swept.output
+    dead = pair.planted()[first]["orphans"]
+    assert {line.split()[-1].rpartition("/")[2].removeprefix("hyper-rw-") for line in pair.left(first)} == set(dead)
+    assert pair.left(second) == []
+
+
 @pytest.mark.parametrize(
     ("again", "code"),
     [

@@ -97,7 +97,7 @@ class Sweeper:
         return self.plan(facts(*things, now=1100.0, ledger=remembered(first)), **changes)
 
     def still_listed(self, vm_ids, handle):
-        return sources.still_listed([self.plane.source], self._context(), vm_ids, handle, max_age=600)
+        return sources.still_listed([self.plane.source], self._context(), vm_ids, handle, max_age=600)[0]
 
     @staticmethod
     def _context():

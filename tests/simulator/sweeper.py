@@ -395,6 +395,7 @@ def share(lists, host, ids):
         elsewhere={vm_id: elsewhere[vm_id] for vm_id in sorted(elsewhere)},
         tombstones={vm_id: since for vm_id, since in lists["tombstones"].items() if vm_id in ids},
         host_known=lists["hosts"] is None or host in lists["hosts"],
+        budget=manifest.budget_of(lists["budget"], host),
     )
 
 

@@ -52,6 +52,9 @@ TOMBSTONES = st.fixed_dictionaries(
 )
 
 
+BUDGETS = st.integers(0, 9) | st.dictionaries(st.sampled_from([*HOSTS, "*"]), st.integers(0, 9))
+
+
 @st.composite
 def documents(draw):
     vms = draw(st.lists(VMS, max_size=8))
@@ -60,6 +63,8 @@ def documents(draw):
         changes["sha256"] = manifest.sha256(vm["vm_id"] for vm in vms)
     if draw(st.booleans()):
         changes.update(proven=False, unproven=draw(st.sampled_from([None, "no count"])))
+    if draw(st.booleans()):
+        changes["budget"] = draw(BUDGETS)
     return dict(document(), vms=vms, count=len(vms), epoch=draw(st.sampled_from([None, 4])), **changes)
 
 
@@ -331,7 +336,7 @@ def asked(tmp_path):
         write(first)
         handle = sources.fetch(wanted, about, str(tmp_path / ("%d.sqlite" % next(SERIAL))), max_age=600)
         write(now)
-        return sources.still_listed(wanted, about, set(ids), handle, max_age=600)
+        return sources.still_listed(wanted, about, set(ids), handle, max_age=600)[0]
 
     return ask
 

@@ -41,6 +41,7 @@ def test_the_shape_of_what_is_believed():
         "hosts": ["h1", "h2"],
         "vms": {"v1": ["h1"]},
         "tombstones": {"v9": 30.0},
+        "budget": None,
     }
 
 
@@ -235,6 +236,7 @@ JSON = st.recursive(
     max_leaves=12,
 )
 KEYS = ["realm", "generated_at", "complete", "vms", "hosts", "epoch", "count", "sha256", "tombstones", "proven"]
+KEYS.append("budget")
 
 
 @settings(max_examples=150, deadline=None)

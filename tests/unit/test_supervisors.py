@@ -685,7 +685,7 @@ def test_they_are_not_fetched_and_not_asked_again(tmp_path):
     wanted = [{"type": "firecracker"}, FILE, {"type": "containerd", "namespaces": ["a"]}]
     handle = sources.fetch(wanted, context, str(tmp_path / "index"), max_age=600)
     assert handle["answered"] == ["file live.json"]
-    assert sources.still_listed(wanted, context, ["v1", "v2"], handle, max_age=600) == {"v1": ["h1"]}
+    assert sources.still_listed(wanted, context, ["v1", "v2"], handle, max_age=600) == ({"v1": ["h1"]}, None)
 
 
 def on_host():

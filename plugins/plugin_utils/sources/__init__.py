@@ -30,7 +30,7 @@ import os
 
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 
-from ..manifest import Collector, ManifestError, add_place, live_among
+from ..manifest import Collector, ManifestError, add_place, budget, joined_budget, live_among
 
 COMMON = {"type": {"type": "str", "required": True}, "required": {"type": "bool", "default": True}}
 
@@ -84,12 +84,12 @@ def fetch(sources, context, path, *, max_age):
 
 
 def still_listed(sources, context, vm_ids, handle, *, max_age):
-    """Return ``{vm_id: [host]}`` of those ids that any source lists now; no host means everywhere.
+    """Return ``({vm_id: [host]}, BUDGET)`` of those ids that any source lists now; no host means everywhere.
 
-    ``handle`` is that of fetch(). Raises ManifestError when a source that answered then does not answer now, or goes
-    back behind what it said then.
+    A source that is asked about single VMs says nothing of its budget. ``handle`` is that of fetch(). Raises
+    ManifestError when a source that answered then does not answer now, or goes back behind what it said then.
     """
-    found = {}
+    found, budgets = {}, []
     for module, options in _lists(sources):
         name = module.describe(options)
         if name not in handle["answered"]:
@@ -101,9 +101,10 @@ def still_listed(sources, context, vm_ids, handle, *, max_age):
         if listed is None:
             with _nothing_thrown_away(), _ended(module.fetch(options, context)) as document:
                 listed = live_among(vm_ids, document, name, handle, **how)
+                budgets.append(budget(document, name, document.get("hosts")))
         for vm_id, hosts in listed.items():
             add_place(found, vm_id, hosts)
-    return found
+    return found, joined_budget(budgets)
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ FIELDS = {
     "destroyed_at": (str, int, float, type(None)),
 }
 # What a page may say of the whole list. By default it is a manifest, as a file is, and must say the first three.
-ABOUT = ("realm", "generated_at", "complete", "epoch", "count", "sha256", "hosts", "tombstones")
+ABOUT = ("realm", "generated_at", "complete", "epoch", "count", "sha256", "hosts", "tombstones", "budget")
 OF_MANIFEST = ABOUT[:3]
 # A list that changes while it is read is read again: once and three times more.
 READS = 4
@@ -96,6 +96,8 @@ class Listing:
             "proven": False,
             "unproven": "it was not read to its end",
         }
+        if first.said.get("budget") is not None:
+            document["budget"] = first.said["budget"]
         document["vms"] = self._vms(document, first)
         return document
 

@@ -50,6 +50,7 @@ OPTIONS = {
     "realm": {"type": "str"},
     "realm_query": {"type": "str"},
     "epoch_query": {"type": "str"},
+    "budget_query": {"type": "str"},
     "max_replica_lag": {"type": "float", "default": 0},
     "max_clock_skew": {"type": "float", "default": 30},
     "connect_timeout": {"type": "int", "default": 10},
@@ -149,7 +150,7 @@ def configured(options):
     for one, other in (("query", "preset"), ("password", "password_file"), ("realm", "realm_query")):
         if options[one] and options[other]:
             raise ManifestError("bad_source", "%s and %s exclude each other" % (one, other))
-    for key in ("query", "hosts_query", "realm_query", "epoch_query"):
+    for key in ("query", "hosts_query", "realm_query", "epoch_query", "budget_query"):
         if options[key] and not _begins_as_select(options[key]):
             raise ManifestError("bad_source", "%s must be a SELECT (or begin with WITH, VALUES or TABLE)" % key)
     for key in ("connect_timeout", "statement_timeout", "lock_timeout", "deadline"):
@@ -210,6 +211,7 @@ def _rows(options, context, document):
             epoch=session.epoch(),
             realm=session.realm(),
             hosts=session.hosts(),
+            **session.budget(),
         )
         columns = session.columns()
         count = session.all("SELECT count(*) FROM %s" % session.relation)[0][0]
@@ -399,6 +401,13 @@ class _Session:
         if None in hosts:
             raise ManifestError("bad_query", "%s: hosts_query returns NULL: leave that row out" % self.name)
         return hosts
+
+    def budget(self):
+        """Return ``{budget: the one number of the budget query}``, nothing without one."""
+        if not self._options["budget_query"]:
+            return {}
+        value = self._value("budget_query", self._options["budget_query"])
+        return {"budget": int(value) if value.isdecimal() and len(value) < MAX_DIGITS else value}
 
     def vms(self, rows, ended):
         """Return COLUMNS of rows; add ``(vm_id, seconds since 1970)`` to ``ended`` for those that were destroyed."""
