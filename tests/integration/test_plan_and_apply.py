@@ -25,6 +25,7 @@ pytestmark = [
 
 FEW = {"live": 2, "orphans": 2, "containers": 0, "running_orphans": 0, "zombies": 0}
 QUICK = {"reap_min_age": 0, "reap_strike_interval": 0.1, "reap_max_percent": 100}
+AWAY = {"ansible_port": 1}  # another port, so that no connection that is still open is used
 KEY = "a key that is as long as it has to be, and longer"
 
 
@@ -161,7 +162,7 @@ def test_a_plan_that_is_not_to_be_trusted_stops_the_run_before_any_host_is_asked
     assert plan(pair).code == 0
     good, before = Path(place(pair)).read_text(), ledgers(pair)
     altered = tmp_path / "altered.plan"
-    altered.write_text(good.replace(good[100], "A" if good[100] != "A" else "B", 1))
+    altered.write_text(good[:100] + ("B" if good[100] == "A" else "A") + good[101:])
     refusals = [
         ("plan_altered", {"reap_plan": str(altered)}),
         ("plan_altered", {"reap_plan_key": "another key that is as long as it has to be"}),
@@ -169,13 +170,18 @@ def test_a_plan_that_is_not_to_be_trusted_stops_the_run_before_any_host_is_asked
         ("plan_foreign", {"reap_realm": "other"}),
         ("plan_unreadable", {"reap_plan": str(tmp_path / "missing.plan")}),
         ("reap_plan_key is not given", {"reap_plan_key": ""}),
+        ("plan_missing", {"reap_plan": "", "reap_plan_required": True}),
     ]
     for number, (why, changes) in enumerate(refusals):
         # Hosts that cannot be reached are not even tried.
-        unreachable = json.dumps({"ansible_ssh_common_args": "-F none -oProxyCommand=false"})
-        refused = apply(pair, "-e", unreachable, tag=str(number), **changes)
+        refused = apply(pair, "-e", json.dumps(AWAY), tag=str(number), **changes)
         assert refused.code == 2 and why in refused.output and "UNREACHABLE" not in refused.output, refused.output
         assert KEY not in refused.output
+    # Nor is any where only some hosts are given a plan: the others would be swept without.
+    some = tmp_path / "some.yml"
+    some.write_text(yaml.safe_dump({"reap_hosts": {"hosts": {sorted(pair.hosts())[0]: {"reap_plan": place(pair)}}}}))
+    halved = run(pair, "reap", "-i", str(some))
+    assert halved.code == 2 and "must be the same for all hosts" in said(halved), halved.output
     assert ledgers(pair) == before and pair.check("there") == []
     # Its realm's list must not be older than the one that the plan was made from.
     stale = apply(pair, live={"epoch": 1})
@@ -187,8 +193,7 @@ def test_a_plan_that_is_not_to_be_trusted_stops_the_run_before_any_host_is_asked
 def test_a_host_that_could_not_be_reached_has_no_part_in_the_plan(pair: Fleet, tmp_path: Path) -> None:
     first, second = struck(pair)
     away = tmp_path / "away.yml"
-    gone = {"ansible_ssh_common_args": "-F none -oProxyCommand=false"}
-    away.write_text(yaml.safe_dump({"reap_hosts": {"hosts": {second: gone}}}))
+    away.write_text(yaml.safe_dump({"reap_hosts": {"hosts": {second: AWAY}}}))
     planned = plan(pair, "-i", str(away))
     assert planned.code == 4 and f"NOT IN THE PLAN: {second}, which could not be read" in planned.output, planned.output
     assert planned.report["sealed"]["unseen"] == [second]
@@ -209,7 +214,7 @@ def test_a_workflow_passes_the_plan_on_as_a_variable(pair: Fleet, tmp_path: Path
     finally:
         del os.environ["ANSIBLE_SHOW_CUSTOM_STATS"]
     assert planned.code == 0, planned.output
-    text = re.search(r'"reap_plan": "(microvm\.reaper\.plan:1:[^"]+)"', planned.output)
+    text = re.search(r'reap_plan"?: "?(microvm\.reaper\.plan:1:[^"\s]+)', planned.output)
     assert text, planned.output
     assert not Path(place(pair)).exists()
     applied = apply(pair, reap_plan=text[1])

@@ -229,6 +229,14 @@ def test_another_machine_of_the_same_name_gets_nothing():
     assert names(result) == [] and "another machine" in result["within"]["why"]
 
 
+def test_a_share_is_spent_also_where_nothing_else_changes():
+    signed = within(signed_at_1060(*FAMILY, hold={"jail": 3600}))
+    enough = remembered(plan(facts(*FAMILY, now=1100.0, ledger=struck(*FAMILY))), struck(*FAMILY))
+    host = facts(*FAMILY, now=1200.0, ledger=enough)
+    assert not plan(host)["ledger_changed"]
+    assert apply(host, signed)["reap"] == [] and apply(host, signed)["ledger_changed"]
+
+
 def test_a_refused_host_has_not_applied_it():
     signed = within(signed_at_1060(*FAMILY))
     host = facts(*FAMILY, now=1200.0, ledger=struck(*FAMILY))

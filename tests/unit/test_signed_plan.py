@@ -288,3 +288,10 @@ def test_each_host_is_given_its_share_and_only_that(tmp_path):
     nothing = {"machine_id": None, "acts": [], "begins": []}
     for host, why in (("h2", "idle"), ("h3", "refused"), ("h9", "unseen"), ("h' OR 1", "missing")):
         assert signed_plan.share_of(handle, host) == dict(common, absent=why, **nothing)
+
+
+def test_what_awx_would_cut_is_refused():
+    signed_plan.check_artifact("x" * signed_plan.MAX_ARTIFACT)
+    with pytest.raises(PlanError, match="524289 bytes.*write it to reap_plan_path") as caught:
+        signed_plan.check_artifact("x" * (signed_plan.MAX_ARTIFACT + 1))
+    assert caught.value.code == "plan_too_large"
