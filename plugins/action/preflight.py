@@ -41,8 +41,9 @@ class ActionModule(ActionBase):
         result = super().run(tmp, task_vars)
         spec, problems, known_good, signed = role_spec(), {}, set(), {}
         for host, variables in self._variables_by_host(task_vars):
-            signed.setdefault(json.dumps([variables.get(name) for name in FOR_ALL], default=str), []).append(host)
-            key = json.dumps(variables, sort_keys=True, default=str)
+            signed.setdefault(tuple(str(variables.get(name, "")) for name in FOR_ALL), []).append(host)
+            own = {name: value for name, value in variables.items() if name not in FOR_ALL}
+            key = json.dumps(own, sort_keys=True, default=str)
             if key not in known_good:
                 found = check(variables, spec)
                 known_good.update([] if found else [key])

@@ -290,11 +290,12 @@ def opened(found, path, now):
     """Write the hosts of a DOCUMENT into the new file ``path``; return its OPENED."""
     states: dict = dict.fromkeys(found["unseen"], UNSEEN)
     states.update(dict.fromkeys(found["idle"], IDLE), **dict.fromkeys(found["refused"], REFUSED))
-    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+    rows = [(name, state, "") for name, state in states.items()]
+    rows += [(name, None, json.dumps(share)) for name, share in found["hosts"].items()]
+    with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.execute("CREATE TABLE host (name TEXT PRIMARY KEY, absent TEXT, share TEXT)")
-        rows = [(name, state, "") for name, state in states.items()]
-        rows += [(name, None, json.dumps(share)) for name, share in found["hosts"].items()]
         connection.executemany("INSERT OR REPLACE INTO host VALUES (?, ?, ?)", rows)
+        connection.commit()
     kept = ("plan", "realm", "made_at", "expires_at", "manifest", "budget")
     return dict({key: found[key] for key in kept}, now=now, index=path)
 
