@@ -487,5 +487,3 @@ def _of_grade(value, evidence):
     if not isinstance(value, dict):
         return value
     return value.get(evidence, value[planner.ABSENT])
-
-
