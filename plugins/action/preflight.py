@@ -13,7 +13,7 @@ from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 from ansible.plugins.action import ActionBase
 from ansible_collections.microvm.reaper.plugins.module_utils.all_kinds import TRAITS
 from ansible_collections.microvm.reaper.plugins.module_utils.resource import VM_ID
-from ansible_collections.microvm.reaper.plugins.plugin_utils import inputs, publishing, sources
+from ansible_collections.microvm.reaper.plugins.plugin_utils import inputs, publishing, signed_plan, sources
 from ansible_collections.microvm.reaper.plugins.plugin_utils.manifest import ManifestError
 from ansible_collections.microvm.reaper.plugins.plugin_utils.planner import (
     DEFAULT_POLICY,
@@ -29,6 +29,8 @@ MOST_THIN_ID = (1 << 24) - 1
 # Strategies by which a task that runs once does so when all hosts are done with the one before it: the last part of
 # their names. By others, like free, the brake would look at plans that are not all there, once for each host.
 STEP_BY_STEP = ("linear", "debug")
+# A signed plan is opened once, for all: with one for some hosts only, either all or none would be swept by it.
+FOR_ALL = ("reap_plan", "reap_plan_required")
 
 
 class ActionModule(ActionBase):
@@ -45,14 +47,18 @@ class ActionModule(ActionBase):
             said = "nothing was done: the strategy %r lets each host go on alone, and what stops a sweep must look at "
             said += "all of them at once; set \"strategy: linear\" in the play, or ANSIBLE_STRATEGY=linear"
             return dict(result, failed=True, msg=said % strategy)
-        spec, problems, known_good = role_spec(), {}, set()
+        spec, problems, known_good, signed = role_spec(), {}, set(), {}
         for host, variables in self._variables_by_host(task_vars):
-            key = json.dumps(variables, sort_keys=True, default=str)
+            signed.setdefault(tuple(str(variables.get(name, "")) for name in FOR_ALL), []).append(host)
+            own = {name: value for name, value in variables.items() if name not in FOR_ALL}
+            key = json.dumps(own, sort_keys=True, default=str)
             if key not in known_good:
                 found = check(variables, spec)
                 known_good.update([] if found else [key])
                 for problem in found:
                     problems.setdefault(problem, []).append(host)
+        if len(signed) > 1:
+            problems["%s must be the same for all hosts of a run" % " and ".join(FOR_ALL)] = list(signed.values())[1]
         result.update(changed=False, hosts=list(task_vars["ansible_play_batch"]), sweep=_sweep())
         if problems:
             said = ["%s (%s)" % (problem, enumerate_hosts(hosts)) for problem, hosts in problems.items()]
@@ -118,7 +124,11 @@ def _impossible(parameters):
         for key in sorted(str(key) for key in set(parameters["reap_hold"]) - set(known)):
             problems.append("reap_hold has a value for %r, which is none of %s" % (key, ", ".join(known)))
     problems += _of_thin_pools(parameters["reap_unmapped_thin_ids"], parameters["reap_thin_pools"])
-    for name in ("reap_deadline", "reap_manifest_max_age", "reap_evidence_seconds", "reap_evidence_bytes"):
+    keys = signed_plan.keys_of(parameters["reap_plan_key"])
+    if (keys or parameters["reap_plan"]) and signed_plan.weak(keys):
+        problems.append(signed_plan.weak(keys))
+    above_nothing = ("deadline", "manifest_max_age", "plan_max_age", "evidence_seconds", "evidence_bytes")
+    for name in (PREFIX + key for key in above_nothing):
         if parameters[name] <= 0:
             problems.append("%s must be more than 0, not %r" % (name, parameters[name]))
     if not 1 <= parameters["reap_evidence_percent"] <= 50:

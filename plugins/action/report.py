@@ -13,6 +13,9 @@ from ansible.utils.display import Display
 from ansible_collections.microvm.reaper.plugins.plugin_utils import report
 from ansible_collections.microvm.reaper.plugins.plugin_utils.facts import FactsError, unpacked
 
+# The steps that run once for a batch and may stop it, in their order.
+MAY_STOP = ("opened", "manifest", "saved", "brake", "sealed")
+
 
 class ActionModule(ActionBase):
     """Print what came of the sweep on all hosts of the batch, and write it as JSON."""
@@ -35,16 +38,16 @@ class ActionModule(ActionBase):
         names = arguments["variables"]
         known = {host: task_vars["hostvars"].raw_get(host) for host in arguments["hosts"]}
         hosts = {host: _host(variables, names) for host, variables in known.items()}
-        fetched, saved, braked, published = (
-            _once(known.values(), names.get(step)) for step in ("manifest", "saved", "brake", "published")
-        )
-        manifest = fetched.get("manifest")
-        abort = _abort(fetched, saved, braked)
+        once = {step: _once(known.values(), names.get(step)) for step in (*MAY_STOP, "published")}
+        manifest = once["manifest"].get("manifest")
+        abort = _abort(once)
         how = {
+            "sealed": once["sealed"].get("sealed"),
+            "opened": once["opened"].get("opened"),
             "check_mode": self._task.check_mode,
             "abort": abort,
             "sweep": arguments["sweep"],
-            "unpublished": published.get("error"),
+            "unpublished": once["published"].get("error"),
         }
         text = report.text(arguments["realm"], manifest, hosts, **how)
         Display().display(text)
@@ -58,14 +61,16 @@ class ActionModule(ActionBase):
 def _host(variables, names):
     """Return the HOST (see report.py) that the registered results of one host amount to."""
     plan = variables.get(names["plan"])
-    done = variables.get(names["result"]) or {}
+    done = variables.get(names.get("result")) or {}
     brake = variables.get(names["brake"]) or {}
     gathered = (variables.get(names["gathered"]) or {}).get("ansible_facts", {}).get("vm_resources")
     refused = (brake.get("refused") or {}).get(variables["inventory_hostname"]) or (plan or {}).get("refused")
     unread = _unread(gathered)
+    # What is only planned has no result.
+    only_planned = plan and not refused and not names.get("result")
     return {
         "plan": plan,
-        "outcomes": done.get("outcomes") or [],
+        "outcomes": report.foreseen(plan) if only_planned else done.get("outcomes") or [],
         "busy": done.get("busy"),
         "evidence": done.get("evidence"),
         "error": done.get("msg") if done.get("failed") and not done.get("outcomes") and not refused else None,
@@ -93,9 +98,9 @@ def _once(hosts, name):
     return next((variables[name] for variables in hosts if variables.get(name)), {})
 
 
-def _abort(*steps):
+def _abort(once):
     """Return why the whole batch was stopped, None when it was not."""
-    for done in steps:
+    for done in (once[step] for step in MAY_STOP):
         if done.get("failed"):
             return done.get("abort") or {"code": done.get("code", "failed"), "message": done.get("msg", "")}
     return None

@@ -329,6 +329,7 @@ def _could_reap(world, batch, host):
     plan = batch.plans[host]
     return (
         batch.mood == HONEST
+        and batch.signed is None
         and batch.lists["proven"]
         and not batch.unavailable[host]
         and host not in batch.killed

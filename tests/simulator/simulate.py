@@ -69,12 +69,12 @@ def simulate(sweeps, seed, gaps=()):
     raise AssertionError("there is always another seed")
 
 
-def live_through(seed, counts, *, left_out=frozenset(), gaps=(), story=None, disks_class=disks.Disks):
+def live_through(seed, counts, *, left_out=frozenset(), gaps=(), story=None, disks_class=disks.Disks, sweeper=Sweeper):
     """Let one world live, without the places ``{(step, slot)}`` that are left out. Raises Failure."""
     world = World(terms.terms(seed, gaps), story or Story())
     world.story.tell("a world of %s", world.terms)
     _furnish(world)
-    sweeper = Sweeper(world, ControlPlane(world), lambda run, batch: _watch(world, run, batch, counts))
+    sweeper = sweeper(world, ControlPlane(world), lambda run, batch: _watch(world, run, batch, counts))
     before = counts["sweeps"]
     gc.disable()  # a world is garbage as a whole, at its end
     try:

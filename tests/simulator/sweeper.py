@@ -53,6 +53,8 @@ class Batch:
         # What the sources said when they were asked once more, and ``{host: {vm_id: why}}`` of what was spared then.
         self.once_more, self.spared = [], {}
         self.plans, self.policies = {}, {}
+        # The signed plan of which this run applies a share, see signed.py.
+        self.signed = None
         self.stopped, self.refused = None, {}
         # ``finished`` was half removed, ``aside`` was set aside now, ``from_aside`` earlier, and was removed now.
         self.reaped, self.finished, self.stopped_things = [], [], []
@@ -206,7 +208,10 @@ class Sweeper:
             policy = Complete(said, host=batch.names[host], adopt_host=host in batch.answers.adopted)
             batch.policies[host] = policy
             mine = share(batch.lists, batch.names[host], vm_ids(one))
-            batch.plans[host] = planner.plan(one, mine, policy, TRAITS)
+            batch.plans[host] = self._decide(batch, host, (one, mine, policy, TRAITS))
+
+    def _decide(self, _batch, _host, inputs):
+        return planner.plan(*inputs)
 
     def _brake(self, run, batch):
         """What the action brake does: what must be known of earlier batches is carried on."""

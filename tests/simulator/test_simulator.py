@@ -11,9 +11,9 @@ import typing
 
 import pytest
 from ansible_collections.microvm.reaper.plugins.module_utils import ledger as ledgers
-from ansible_collections.microvm.reaper.plugins.plugin_utils import manifest
+from ansible_collections.microvm.reaper.plugins.plugin_utils import applying, manifest, planner
 
-from simulator import disks, faults, simulate, sweeper
+from simulator import disks, faults, signed, simulate, sweeper
 
 SWEEPS, PARTS = 200_000, 10
 
@@ -134,3 +134,46 @@ def test_the_share_in_memory_is_that_of_the_index(tmp_path):
             real = manifest.share(handle, host, ids)
             del real["index"], real["names_hosts"]
             assert real == sweeper.share(lists, host, ids)
+
+
+# --- signed plans ------------------------------------------------------------------------------------------------
+
+SEED_OF_SIGNED, SWEEPS_OF_SIGNED = 100, 20_000
+
+
+def signed_sweeps():
+    """Let worlds live in which a plan is signed in one run and applied in another; return how many shares were."""
+    counts, sweepers = collections.Counter(), []
+
+    def made(*arguments):
+        sweepers.append(signed.SignedSweeper(*arguments))
+        return sweepers[-1]
+
+    for seed in simulate.seeds(SEED_OF_SIGNED):
+        simulate.live_through(seed, counts, sweeper=made)
+        if counts["sweeps"] > SWEEPS_OF_SIGNED:
+            break
+    return sum(one.applied for one in sweepers)
+
+
+def test_whatever_happens_between_a_signed_plan_and_its_shares_all_of_it_holds():
+    assert signed_sweeps() > 50
+
+
+def test_the_simulator_finds_an_apply_that_takes_more_than_was_signed(monkeypatch):
+    monkeypatch.setattr(applying, "_key", lambda act: act[2])  # the VM alone
+    with pytest.raises(simulate.Failure, match="what is not in the plan"):
+        signed_sweeps()
+
+
+def test_the_simulator_finds_a_planner_that_withholds_nothing(monkeypatch):
+    real = planner.plan
+    monkeypatch.setattr(planner, "plan", lambda *arguments: real(*arguments[:4]))
+    with pytest.raises(simulate.Failure, match="what is not in the plan|was not to apply"):
+        signed_sweeps()
+
+
+def test_the_simulator_finds_a_share_that_is_taken_twice(monkeypatch):
+    monkeypatch.setattr(applying, "_is_spent", lambda *_arguments: False)
+    with pytest.raises(simulate.Failure, match="applies the plan .* again"):
+        signed_sweeps()

@@ -508,3 +508,14 @@ def test_what_the_journal_says_of_the_ladder():
     for words in ("sweep s1: jail v1.jail was set aside", "sweep s2: jail v1.jail was brought back",
                   "sweep s3: jail v1.jail was about to be set aside, and what came of that"):
         assert words in told
+
+
+def test_signed_plans_are_named():
+    applied = {"plan": "1f2e", "made_at": NOW, "epoch": 7}
+    last = "The signed plan that was applied last on this host is 1f2e, made at 2027-01-15T08:00:00Z"
+    told = said(facts(CGROUP, now=1060.0, ledger=dict(struck(CGROUP), applied=applied)))[1]
+    assert last + ", by epoch 7." in told
+    assert last + "." in said(facts(CGROUP, ledger=dict(struck(CGROUP), applied=dict(applied, epoch=None))))[1]
+    assert "signed plan" not in said(facts(CGROUP, ledger=struck(CGROUP)))[1]
+    acted = [entry("intent", reasons=["why"], plan="1f2e"), entry("outcome", outcome="reaped")]
+    assert ", epoch 7, signed plan 1f2e)." in said(facts(CGROUP), journal=acted)[1]

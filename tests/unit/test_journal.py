@@ -386,3 +386,12 @@ def test_what_is_finished_for_an_earlier_sweep_says_so(state):
     journals.Journal(state, REALM).intents(dict(plan, families={}), [dict(plan["reap"][0], resume=True)])
     (entry,) = journals.about(state, REALM, {"vm_id": "v1"})["entries"]
     assert entry["reasons"] == ["an earlier sweep began to remove it and was cut short"]
+
+
+def test_an_intent_names_the_signed_plan_that_is_applied(tmp_path):
+    token = {"kind": "jail", "name": "n", "vm_id": "v1", "identity": "i", "step": "remove"}
+    journal = journals.Journal(str(tmp_path), "prod", "s1")
+    journal.intents({"within": {"plan": "1f2e"}}, [token])
+    journal.intents({}, [token])
+    entries = journals.about(str(tmp_path), "prod", {"vm_id": "v1"})["entries"]
+    assert [entry.get("plan") for entry in entries] == ["1f2e", None]
