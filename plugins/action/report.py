@@ -13,9 +13,12 @@ from ansible.utils.display import Display
 from ansible_collections.microvm.reaper.plugins.plugin_utils import report
 from ansible_collections.microvm.reaper.plugins.plugin_utils.facts import FactsError, unpacked
 
+# What a scheduler calls it; does not begin with reap_, for AWX gives it to the next job of a workflow as a variable.
+ARTIFACT = "microvm_reaper"
+
 
 class ActionModule(ActionBase):
-    """Print what came of the sweep on all hosts of the batch, and write it as JSON."""
+    """Print what came of the sweep on all hosts of the batch, write it as JSON, and leave its counts as a statistic."""
 
     TRANSFERS_FILES = False
     _requires_connection = False
@@ -49,6 +52,10 @@ class ActionModule(ActionBase):
         Display().display(text)
         document = report.as_json(arguments["realm"], manifest, hosts, **how)
         result.update(changed=False, report=text, totals=document["kinds"])
+        before = os.path.join(C.DEFAULT_LOCAL_TMP, "artifact.json")  # type: ignore[attr-defined]
+        counts = report.artifact(arguments["realm"], hosts, before=_read(before), **how)
+        _replace(before, counts)
+        result["ansible_stats"] = {"data": {ARTIFACT: counts}, "per_host": False, "aggregate": False}
         if arguments["path"]:
             _write(arguments["path"], document)
         return result
@@ -99,18 +106,26 @@ def _abort(variables, names):
 def _write(path, document):
     """Write the report; the batches of one run (``serial``) share a file, a new run begins it anew."""
     run = os.path.basename(C.DEFAULT_LOCAL_TMP)  # type: ignore[attr-defined]
-    try:
-        with open(path, encoding="utf-8") as stream:
-            before = json.load(stream)
-    except (OSError, ValueError):
-        before = {}
+    before = _read(path)
     if before.get("run") == run:
         for key in ("hosts", "kinds"):
             document[key] = dict(before[key], **document[key])
         for key in ("stopped", "unpublished"):
             document[key] = document[key] or before.get(key)
+    _replace(path, dict(document, run=run))
+
+
+def _read(path):
+    try:
+        with open(path, encoding="utf-8") as stream:
+            return json.load(stream)
+    except (OSError, ValueError):
+        return {}
+
+
+def _replace(path, document):
     temporary = "%s.new" % path
     with open(temporary, "w", encoding="utf-8") as stream:
-        json.dump(dict(document, run=run), stream, indent=1, sort_keys=True)
+        json.dump(document, stream, indent=1, sort_keys=True)
         stream.write("\n")
     os.replace(temporary, path)
