@@ -38,8 +38,8 @@ def without_core(requirements: str) -> list[str]:
     return [line for line in lines if line and not line.startswith(("-", "ansible-core"))]
 
 
-def sweep(bin_path: Path, directory: Path, **changes) -> str:
-    """Sweep a jail base in ``directory`` once; return what was printed."""
+def sweep(bin_path: Path, directory: Path, playbook: str = "reap", **changes) -> str:
+    """Sweep a jail base in ``directory`` once, or only plan to; return what was printed."""
     variables = {
         "reap_realm": "oldest",
         "reap_presets": ["firecracker-jailer"],
@@ -56,7 +56,7 @@ def sweep(bin_path: Path, directory: Path, **changes) -> str:
     live = {"realm": "oldest", "generated_at": younger_than_the_jail, "complete": True, "vms": [{"vm_id": "alive"}]}
     (directory / "live.json").write_text(json.dumps(live))
     os.utime(directory / "live.json", (younger_than_the_jail, younger_than_the_jail))
-    command = [bin_path / "ansible-playbook", "-i", "localhost,", "-c", "local", "playbooks/reap.yml"]
+    command = [bin_path / "ansible-playbook", "-i", "localhost,", "-c", "local", f"playbooks/{playbook}.yml"]
     extra = ["-e", json.dumps(dict(variables, ansible_python_interpreter=sys.executable, **changes))]
     done = subprocess.run(
         [*command, *extra],
@@ -88,6 +88,14 @@ def main() -> None:
         assert not jail.parent.exists()
         assert "1 reaped" in sweep(bin_path, directory, reap_hold=0)
         assert "nothing to reap" in sweep(bin_path, directory)
+        jail.mkdir(parents=True)
+        signed = {"reap_hold": 0, "reap_plan_key": "0123456789" * 4, "reap_waves": [1]}
+        assert "1 suspected" in sweep(bin_path, directory, **signed)
+        path = str(directory / "signed.plan")
+        assert "1 would be reaped" in sweep(bin_path, directory, "plan", reap_plan_path=path, **signed)
+        assert jail.exists()
+        assert "1 reaped" in sweep(bin_path, directory, reap_plan=path, **signed)
+        assert "plan_spent" in sweep(bin_path, directory, reap_plan=path, **signed)
 
 
 if __name__ == "__main__":

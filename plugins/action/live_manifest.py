@@ -110,7 +110,7 @@ class ActionModule(ActionBase):
     def run(self, tmp=None, task_vars=None):
         """Fetch once for the whole batch."""
         result = super().run(tmp, task_vars)
-        _validation, arguments = self.validate_argument_spec(SPEC)
+        _validation, arguments = self.validate_argument_spec(dict(SPEC, epochs={"type": "dict", "default": {}}))
         directory = tempfile.mkdtemp(prefix="live-", dir=C.DEFAULT_LOCAL_TMP)  # type: ignore[attr-defined]
         path = os.path.join(directory, "manifest.sqlite")
         about = context(self, task_vars, arguments)
@@ -122,6 +122,9 @@ class ActionModule(ActionBase):
                     "%s speaks for realm %r, the sweep is for %r"
                     % (fetched["source"], fetched["realm"], arguments["realm"]),
                 )
+            for source, epoch in arguments["epochs"].items():
+                if source in fetched["epochs"]:
+                    manifest.check_epoch(source, epoch, fetched["epochs"][source])
         except manifest.ManifestError as err:
             result.update(failed=True, msg="live source refused (%s): %s" % (err.code, err), code=err.code)
             return result

@@ -13,7 +13,7 @@ from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 from ansible.plugins.action import ActionBase
 from ansible_collections.microvm.reaper.plugins.module_utils.all_kinds import TRAITS
 from ansible_collections.microvm.reaper.plugins.module_utils.resource import VM_ID
-from ansible_collections.microvm.reaper.plugins.plugin_utils import inputs, publishing, sources
+from ansible_collections.microvm.reaper.plugins.plugin_utils import inputs, publishing, signed_plan, sources
 from ansible_collections.microvm.reaper.plugins.plugin_utils.manifest import ManifestError
 from ansible_collections.microvm.reaper.plugins.plugin_utils.planner import (
     DEFAULT_POLICY,
@@ -37,14 +37,18 @@ class ActionModule(ActionBase):
     def run(self, tmp=None, task_vars=None):
         """Name every variable that is unknown, of a wrong type or impossible."""
         result = super().run(tmp, task_vars)
-        spec, problems, known_good = role_spec(), {}, set()
+        spec, problems, known_good, signed = role_spec(), {}, set(), {}
         for host, variables in self._variables_by_host(task_vars):
+            signed.setdefault(str(variables.get("reap_plan") or ""), []).append(host)
             key = json.dumps(variables, sort_keys=True, default=str)
             if key not in known_good:
                 found = check(variables, spec)
                 known_good.update([] if found else [key])
                 for problem in found:
                     problems.setdefault(problem, []).append(host)
+        if len(signed) > 1:
+            # It is opened once, for all: whoever has none would sweep by none, or all would.
+            problems["reap_plan must be the same for all hosts of a run"] = list(signed.values())[1]
         result.update(changed=False, hosts=list(task_vars["ansible_play_batch"]), sweep=_sweep())
         if problems:
             said = ["%s (%s)" % (problem, enumerate_hosts(hosts)) for problem, hosts in problems.items()]
@@ -110,7 +114,11 @@ def _impossible(parameters):
         for key in sorted(str(key) for key in set(parameters["reap_hold"]) - set(known)):
             problems.append("reap_hold has a value for %r, which is none of %s" % (key, ", ".join(known)))
     problems += _of_thin_pools(parameters["reap_unmapped_thin_ids"], parameters["reap_thin_pools"])
-    for name in ("reap_deadline", "reap_manifest_max_age", "reap_evidence_seconds", "reap_evidence_bytes"):
+    keys = signed_plan.keys_of(parameters["reap_plan_key"])
+    if (keys or parameters["reap_plan"]) and signed_plan.weak(keys):
+        problems.append(signed_plan.weak(keys))
+    above_nothing = ("deadline", "manifest_max_age", "plan_max_age", "evidence_seconds", "evidence_bytes")
+    for name in (PREFIX + key for key in above_nothing):
         if parameters[name] <= 0:
             problems.append("%s must be more than 0, not %r" % (name, parameters[name]))
     if not 1 <= parameters["reap_evidence_percent"] <= 50:

@@ -43,6 +43,8 @@ class ActionModule(ActionBase):
         abort = _abort(first, names)
         published = first.get(names.get("published")) or {}
         how = {
+            "sealed": (first.get(names.get("sealed")) or {}).get("sealed"),
+            "opened": (first.get(names.get("opened")) or {}).get("opened"),
             "check_mode": self._task.check_mode,
             "abort": abort,
             "sweep": arguments["sweep"],
@@ -64,14 +66,16 @@ class ActionModule(ActionBase):
 def _host(variables, names):
     """Return the HOST (see report.py) that the registered results of one host amount to."""
     plan = variables.get(names["plan"])
-    done = variables.get(names["result"]) or {}
+    done = variables.get(names.get("result")) or {}
     brake = variables.get(names["brake"]) or {}
     gathered = (variables.get(names["gathered"]) or {}).get("ansible_facts", {}).get("vm_resources")
     refused = (brake.get("refused") or {}).get(variables["inventory_hostname"]) or (plan or {}).get("refused")
     unread = _unread(gathered)
+    # What is only planned has no result.
+    only_planned = plan and not refused and not names.get("result")
     return {
         "plan": plan,
-        "outcomes": done.get("outcomes") or [],
+        "outcomes": report.foreseen(plan) if only_planned else done.get("outcomes") or [],
         "busy": done.get("busy"),
         "evidence": done.get("evidence"),
         "error": done.get("msg") if done.get("failed") and not done.get("outcomes") and not refused else None,
@@ -96,7 +100,7 @@ def _unread(gathered):
 
 def _abort(variables, names):
     """Return why the whole batch was stopped, None when it was not."""
-    for name in ("manifest", "saved", "brake"):
+    for name in ("opened", "manifest", "saved", "brake", "sealed"):
         done = variables.get(names.get(name)) or {}
         if done.get("failed"):
             return done.get("abort") or {"code": done.get("code", "failed"), "message": done.get("msg", "")}

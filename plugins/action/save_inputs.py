@@ -61,7 +61,7 @@ class ActionModule(ActionBase):
 
 
 def _planned(task_vars, names):
-    """Return ``{host: {gathered, manifest, policy, plan}}`` of the hosts of the batch that have a plan."""
+    """Return ``{host: {gathered, manifest, policy, plan, opened}}`` of the hosts of the batch that have a plan."""
     known = {host: task_vars["hostvars"].raw_get(host) for host in task_vars["ansible_play_batch"]}
     return {
         host: {what: variables.get(name) for what, name in names.items()}
@@ -75,7 +75,8 @@ def _lines(header, hosts):
     for host, one in hosts.items():
         facts = one["gathered"]["ansible_facts"]["vm_resources"]
         share = planning.share(facts, one["manifest"]["manifest"], one["policy"])
-        yield inputs.record(host, facts, share, one["policy"], one["plan"])
+        within = planning.within((one.get("opened") or {}).get("opened"), one["policy"])
+        yield inputs.record(host, facts, share, one["policy"], one["plan"], within)
 
 
 def _file_of_this_run(directory, realm, instant):

@@ -15,7 +15,7 @@ description:
     to
     no live VM and has been seen without one, as the same object, in as many sweeps as the policy asks for.
   - A pure function. The same facts, manifest and policy give the same plan.
-positional: manifest, policy
+positional: manifest, policy, signed_plan
 options:
   _input:
     description: What M(microvm.reaper.vm_resource_facts) returned.
@@ -36,6 +36,11 @@ options:
         C(reused_ids), C(adopt_host) and C(clear_latch).
     type: dict
     required: true
+  signed_plan:
+    description:
+      - A signed plan, as M(microvm.reaper.open_plan) returned it. Only what it has for this host, act for act, is then
+        planned; VMs of which it does not have all are held.
+    type: dict
 """
 
 EXAMPLES = r"""
@@ -85,6 +90,11 @@ _value:
     generation:
       description: The generation of the ledger that the plan was made from.
       type: int
+    within:
+      description: The id, the time and the epoch of the signed plan, and with C(state) and C(why) whether this host's
+        share of it may be applied.
+      type: dict
+      returned: with O(signed_plan)
     counts:
       description: By kind, how many resources have which verdict.
       type: dict
@@ -101,10 +111,10 @@ from ansible_collections.microvm.reaper.plugins.plugin_utils.manifest import Man
 from ansible_collections.microvm.reaper.plugins.plugin_utils.planner import PolicyError
 
 
-def confirmed_orphans(facts, manifest, policy):
+def confirmed_orphans(facts, manifest, policy, signed_plan=None):
     """Return the plan of the host that ``facts`` are of."""
     try:
-        return planning.plan(facts, manifest, policy)
+        return planning.plan(facts, manifest, policy, signed_plan)
     except (FactsError, ManifestError, PolicyError) as err:
         raise AnsibleFilterError("microvm.reaper.confirmed_orphans: %s" % err) from err
 

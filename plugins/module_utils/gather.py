@@ -58,7 +58,7 @@ def gather(kinds, rules, realm, state_dir, seconds, packed=False, supervisors=()
         "other_realms": ledgers.other_realms(state_dir, realm),
         "pins": pins,
         "supervisors": said,
-        "alive": _squeezed(json.dumps(alive)) if packed else alive,
+        "alive": squeezed(json.dumps(alive)) if packed else alive,
         **({"packed": _packed(texts)} if packed else {"kinds": _parsed(texts)}),
     }
 
@@ -81,10 +81,11 @@ def _in_columns(entry):
 
 
 def _packed(texts):
-    return _squeezed("{%s}" % ", ".join("%s: %s" % (json.dumps(name), text) for name, text in texts.items()))
+    return squeezed("{%s}" % ", ".join("%s: %s" % (json.dumps(name), text) for name, text in texts.items()))
 
 
-def _squeezed(text):
+def squeezed(text):
+    """Return ASCII text as a shorter one; ``unpack()`` of facts.py reads it."""
     return base64.b64encode(zlib.compress(text.encode("ascii"), 6)).decode("ascii")
 
 

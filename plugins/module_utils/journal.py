@@ -11,7 +11,7 @@ left unfinished; and with ``what``
 
 ``intent``   before the first act, one for each TOKEN: ``{kind, name, vm_id, identity, step, evidence, strikes,
              reasons: [text], source, epoch}``, the last two those of the live manifest; ``step`` is aside, remove or
-             bring_back
+             bring_back. And ``plan``, the id of the signed plan that was applied
 ``outcome``  after its act: ``{kind, name, vm_id, outcome, message, bytes}``
 ``latched``  the realm was latched: ``{message}``
 
@@ -54,7 +54,7 @@ BEGINNING = "0" * 64  # what the first line has in the place of the line before
 
 TEXTS = (
     "time", "boot_id", "sweep", "previous", "kind", "name", "vm_id", "identity", "step", "evidence", "source",
-    "outcome", "message",
+    "outcome", "message", "plan",
 )
 NUMBERS = ("boottime", "strikes", "epoch", "bytes")
 # Without these an entry says nothing.
@@ -89,6 +89,7 @@ class Journal:
     def intents(self, plan, tokens):
         """Write what is about to be done to the tokens of ``plan``, and why. Raises LedgerError."""
         families, manifest = plan.get("families", {}), plan.get("manifest", {})
+        applied = {"plan": plan["within"]["plan"]} if plan.get("within") else {}
         self._append(
             [
                 {
@@ -103,6 +104,7 @@ class Journal:
                     "reasons": _reasons(token, families.get(token["vm_id"], {})),
                     "source": _cut(manifest.get("source")),
                     "epoch": manifest.get("epoch"),
+                    **applied,
                 }
                 for token in tokens
             ]

@@ -6,7 +6,7 @@ It lies at ``<state directory>/<realm>/ledger.json``, readable by its owner only
 beside, synced, renamed, the directory synced. So a power cut leaves the old one or the new one.
 
 LEDGER ``{version, realm, host, machine_id, generation, manifest: {epochs, count},
-strikes: {"kind name": STRIKE}, intents: [TOKEN], aside: [HELD], reaped: {vm_id: seconds since 1970}, latch}``
+strikes: {"kind name": STRIKE}, intents: [TOKEN], aside: [HELD], reaped: {vm_id: seconds since 1970}, latch, applied}``
 STRIKE ``{identity, vm_id, strikes, first, last, boot_id}``; first and last are instants of the boot clock in seconds.
 HELD   a TOKEN with ``{since, boot_id, sweep, state}``: what waits for its removal, since when, by the boot clock.
        ``state`` is ``aside`` after a step that can be taken back, ``waiting`` of what lies as it lay.
@@ -15,6 +15,7 @@ HELD   a TOKEN with ``{since, boot_id, sweep, state}``: what waits for its remov
 the acts that were begun and whose end is not known, so that the next sweep can finish what was cut short.
 ``reaped`` are the VMs of which something was removed here, the latest ones. ``latch`` is null or ``{code, message}``,
 about a VM that was reaped and turned out to live: nothing more is removed in the realm until a person has cleared it.
+``applied`` is null or the signed plan that was applied last, ``{plan, made_at, epoch}``; none is applied twice.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ STATES = ("aside", "waiting")
 MAX_BYTES = 64 * 1024 * 1024
 MAX_REAPED = 10000
 MAX_COUNT = 1 << 53
+MAX_INSTANT = 1 << 37  # of the year 6325
 MAX_PINS_BYTES = 1024 * 1024
 REALM = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -60,6 +62,7 @@ def empty(realm):
         "aside": [],
         "reaped": {},
         "latch": None,
+        "applied": None,
     }
 
 
@@ -239,6 +242,11 @@ def _checked(ledger, realm):
     latch = ledger["latch"]
     if latch is not None and not all(isinstance(latch[key], str) for key in ("code", "message")):
         raise ValueError("a latch without code or message")
+    applied = ledger["applied"]
+    if applied is not None and not (isinstance(applied["plan"], str) and 0 <= applied["made_at"] <= MAX_INSTANT):
+        raise ValueError("an applied plan without id or time")
+    if applied is not None and not (applied["epoch"] is None or math.isfinite(applied["epoch"])):
+        raise ValueError("an applied plan of an epoch that is no number")
     for key in ("host", "machine_id"):
         if ledger[key] is not None and not isinstance(ledger[key], str):
             raise ValueError("%s %r" % (key, ledger[key]))

@@ -88,6 +88,7 @@ ansible_facts:
             - "C(what) is V(intent), with C(kind), C(name), C(vm_id), C(identity), C(step), C(evidence), C(strikes),
               C(reasons), C(source) and C(epoch); V(outcome), with C(kind), C(name), C(vm_id), C(outcome), C(message)
               and C(bytes); or V(latched), with C(message)."
+            - C(plan) of an intent is the id of the signed plan that was applied, where there was one.
             - C(step) is V(aside) for what can be taken back, V(remove) or V(bring_back).
           type: list
           elements: dict

@@ -36,6 +36,12 @@ options:
     type: list
     elements: str
     default: [deleted, destroyed, saga_unwound, terminated]
+  epochs:
+    description:
+      - By source, the epoch of a list that was seen before, such as the one that a signed plan was judged by. A source
+        that is behind it is refused.
+    type: dict
+    default: {}
 extends_documentation_fragment:
   - microvm.reaper.on_controller
 attributes:

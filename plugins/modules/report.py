@@ -52,9 +52,14 @@ options:
         description: The result of M(microvm.reaper.publish).
         type: str
       result:
-        description: The result of M(microvm.reaper.reap).
+        description: The result of M(microvm.reaper.reap). Without it the plans are shown as what would be done.
         type: str
-        required: true
+      sealed:
+        description: The result of M(microvm.reaper.seal_plan).
+        type: str
+      opened:
+        description: The result of M(microvm.reaper.open_plan).
+        type: str
   sweep:
     description: The id of the sweep, for who wants to undo it.
     type: str

@@ -62,6 +62,9 @@ options:
         description: The plan that it returned.
         type: str
         required: true
+      opened:
+        description: The result of M(microvm.reaper.open_plan), where a signed plan is applied.
+        type: str
 extends_documentation_fragment:
   - microvm.reaper.on_controller
 attributes:

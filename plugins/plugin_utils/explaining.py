@@ -10,14 +10,13 @@ EXPLANATION ``{host, vm_id, verdict, sentences: [text]}``; the verdict is one of
 from __future__ import annotations
 
 import collections
-import datetime
 
 from ..module_utils import journal as journals
 from ..module_utils.all_kinds import TRAITS
 from . import outlook, planner, planning
 from .facts import FactsError, unpacked, vm_ids
 from .report import human_bytes, printable
-from .words import enumerate_hosts, human_seconds
+from .words import enumerate_hosts, human_seconds, utc
 
 REFUSED = "refused"
 GONE = "gone"
@@ -412,7 +411,9 @@ class _Case:
         ledger, vm_id = self.facts["ledger"], self.subject.vm_id
         said = [self.facts["ledger_problem"] + "."] if self.facts.get("ledger_problem") else []
         if vm_id in ledger["reaped"]:
-            said.append("The ledger has that something of the VM was removed at %s." % _utc(ledger["reaped"][vm_id]))
+            said.append("The ledger has that something of the VM was removed at %s." % utc(ledger["reaped"][vm_id]))
+        if ledger["applied"]:
+            said.append(_applied(ledger["applied"]))
         said += [
             "A sweep began to %s %s %s, and its end is not known: a later sweep finishes it, once nothing speaks "
             "against it."
@@ -438,6 +439,15 @@ class _Case:
         return said
 
 
+def _applied(plan):
+    epoch = ", by epoch %s" % plan["epoch"] if plan.get("epoch") is not None else ""
+    return "The signed plan that was applied last on this host is %s, made at %s%s." % (
+        plan["plan"],
+        utc(plan["made_at"]),
+        epoch,
+    )
+
+
 STEPS = {"aside": "set aside", "bring_back": "brought back"}
 
 
@@ -453,6 +463,7 @@ def _act(intent, outcome):
     basis = ["%d strikes" % intent["strikes"]] if intent.get("strikes") else []
     basis += ["the list of %s" % intent["source"]] if intent.get("source") else []
     basis += ["epoch %s" % intent["epoch"]] if "epoch" in intent else []
+    basis += ["signed plan %s" % intent["plan"]] if "plan" in intent else []
     return "%s, because %s%s." % (said, why, " (%s)" % ", ".join(basis) if basis else "")
 
 
@@ -478,5 +489,3 @@ def _of_grade(value, evidence):
     return value.get(evidence, value[planner.ABSENT])
 
 
-def _utc(seconds):
-    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -37,7 +37,7 @@ def unpacked(facts):
     missing = [key for key in ("realm", "boot_id", "machine_id", "boottime_seconds", "ledger") if key not in facts]
     if missing or "packed" not in facts and "kinds" not in facts:
         raise FactsError("not the facts of vm_resource_facts: no %s" % ", ".join(missing or ["kinds"]))
-    kinds = _unpack(facts["packed"]) if "packed" in facts else facts["kinds"]
+    kinds = unpack(facts["packed"]) if "packed" in facts else facts["kinds"]
     if not isinstance(kinds, dict):
         raise FactsError("the facts are no mapping of kinds")
     ledger = _check_host(facts)
@@ -55,16 +55,16 @@ def vm_ids(facts):
     return found
 
 
-def _unpack(packed):
+def unpack(packed):
+    """Return the JSON that ``squeezed()`` of gather.py made a text of; raises FactsError."""
     try:
         stream = zlib.decompressobj()
         data = stream.decompress(base64.b64decode(packed, validate=True), MAX_UNPACKED)
         if not stream.eof:
             raise ValueError("truncated, or larger than %d bytes" % MAX_UNPACKED)
-        kinds = json.loads(data)
+        return json.loads(data)
     except (binascii.Error, zlib.error, ValueError, TypeError, RecursionError) as err:
         raise FactsError("the packed facts cannot be read: %s" % err) from err
-    return kinds
 
 
 def _check_host(facts):
@@ -101,7 +101,7 @@ def _checked_supervisors(facts):
         ):
             raise FactsError("supervisor %.200r: not a status with its reason: %.300r" % (name, entry))
     if isinstance(said.get("alive"), str):
-        said["alive"] = _unpack(said["alive"])
+        said["alive"] = unpack(said["alive"])
     alive = _mapping(said.get("alive", {}), "alive")
     if len(alive) > MAX_ALIVE:
         raise FactsError("'alive' has %d VMs, more than %d" % (len(alive), MAX_ALIVE))

@@ -8,7 +8,8 @@ RECORD for each host, so that what a run has written until it is cut off can be 
 HEADER  ``{format, realm, saved_at, version, check_mode, caps, hosts}``: ``saved_at`` in ISO 8601, ``version`` of the
         collection, ``caps`` of the fleet as brake() takes them, ``hosts`` are those whose records follow
 RECORD  ``{host, facts, share, policy, plan_sha256, decision}``: the arguments of the plan as the planner got them, the
-        facts as they came from the host, and what came of them, see digest() and decision()
+        facts as they came from the host, and what came of them, see digest() and decision(). And ``within`` where a
+        share of a signed plan was applied, see signed_plan.py
 """
 
 from __future__ import annotations
@@ -61,9 +62,10 @@ def header(realm, caps, hosts, *, now, check_mode=False):
     }
 
 
-def record(host, facts, share, policy, plan):
+def record(host, facts, share, policy, plan, within=None):
     """Return the RECORD of one host."""
     return {
+        **({"within": within} if within else {}),
         "host": host,
         "facts": facts,
         "share": {key: value for key, value in share.items() if key != "index"},

@@ -160,7 +160,7 @@ def pin(text):
     return {"pattern": words[0], "until": day.timestamp() + 86400}
 
 
-def plan(facts, share, policy, kinds):
+def plan(facts, share, policy, kinds, withheld=None):
     """Return the PLAN of one host.
 
     facts   what gather read: ``{realm, boot_id, machine_id, boottime_seconds, ledger, ledger_problem, kinds}`` and
@@ -171,6 +171,8 @@ def plan(facts, share, policy, kinds):
             tombstones: {vm_id: seconds since destroyed, or null}}``; ``age`` in seconds when it was fetched
     policy  see DEFAULT_POLICY
     kinds   ``{kind: {order, stops, depends_on, resumes, aside, takes}}``
+    withheld  ``{vm_id: REASON}`` of VMs of which nothing is begun and nothing finished, see applying.py; they are
+            struck like others
 
     PLAN    ``{host, realm, manifest, refused, families, reap, begins, ledger, ledger_changed, generation, counts,
             notices}``; ``begins`` are the VMs that this plan is the first to take something of
@@ -180,7 +182,7 @@ def plan(facts, share, policy, kinds):
     if refused:
         counts = _counts(facts, {}, [], facts["ledger"]["aside"], UNKNOWN)
         return _plan(facts, share, policy, refused=refused, counts=counts)
-    judge = _Judge(facts, share, policy, kinds)
+    judge = _Judge(facts, share, policy, kinds, withheld)
     families = {vm_id: judge.family(vm_id, members) for vm_id, members in _by_family(judge.to_judge())}
     judge.keep_unseen_strikes()
     ladder = _Ladder(judge, families)
@@ -434,11 +436,12 @@ def _refusal(code, message):
 class _Judge:
     """Judges families one by one and collects the strikes that the ledger is to remember."""
 
-    def __init__(self, facts, share, policy, kinds):
+    def __init__(self, facts, share, policy, kinds, withheld=None):
         self.facts = facts
         self.share = share
         self.policy = policy
         self.kinds = kinds
+        self.withheld = withheld or {}
         self.live = set(share["live"])
         self.alive = facts.get("alive") or {}
         # The list says nothing about what came after it was made, so its own age is not time that was watched.
@@ -661,7 +664,9 @@ def _going(families, kinds, judge):
         for member in family["resources"]:
             if member["verdict"] != CONFIRMED:
                 continue
-            if member["kind"] == "zombie" and judge.policy["zombies"] == REPORT:
+            if member["vm_id"] in judge.withheld:
+                member.update(verdict=HELD, reasons=[judge.withheld[member["vm_id"]]])
+            elif member["kind"] == "zombie" and judge.policy["zombies"] == REPORT:
                 why = "reap_zombies is report"
                 _hold_zombie(member, "only its parent %%s can reap it (%s)" % why, why)
             elif member["kind"] == "thin_id" and judge.policy["unmapped_thin_ids"] != "true":
@@ -982,6 +987,7 @@ class _Ladder:
         return bool(
             token["kind"] not in self.kinds
             or vm_id in judge.live
+            or vm_id in judge.withheld
             or vm_id in self.families
             and self.families[vm_id]["verdict"] != CONFIRMED
             or judge.pin(vm_id)

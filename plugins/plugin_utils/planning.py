@@ -8,15 +8,23 @@ import os
 import tempfile
 
 from ..module_utils.all_kinds import TRAITS
+from . import applying, planner, signed_plan
 from . import manifest as manifests
-from . import planner
 from .facts import unpacked, vm_ids
 
 
-def plan(facts, manifest, policy):
-    """Return the plan of one host. ``manifest`` is a HANDLE or a whole DOCUMENT (see manifest.py)."""
+def plan(facts, manifest, policy, opened=None):
+    """Return the plan of one host. ``manifest`` is a HANDLE or a whole DOCUMENT (see manifest.py).
+
+    With ``opened``, the OPENED of signed_plan.py, it is the host's share of that.
+    """
     facts = unpacked(facts)
-    return planner.plan(facts, _share(facts, manifest, policy), policy, TRAITS)
+    return _planned(facts, _share(facts, manifest, policy), policy, within(opened, policy))
+
+
+def within(opened, policy):
+    """Return the WITHIN of the host, see signed_plan.py; None without an OPENED plan."""
+    return signed_plan.share_of(opened, planner.complete_policy(policy)["host"]) if opened else None
 
 
 def share(facts, manifest, policy):
@@ -31,9 +39,15 @@ def judged(facts, manifest, policy, also=()):
     return facts, found, planner.plan(facts, found, policy, TRAITS)
 
 
-def plan_of_share(facts, share_of_host, policy):
-    """Return the plan of one host, of what share() returned for it."""
-    return planner.plan(unpacked(facts), share_of_host, policy, TRAITS)
+def plan_of_share(facts, share_of_host, policy, within_plan=None):
+    """Return the plan of one host, of what share() returned for it, and maybe within()."""
+    return _planned(unpacked(facts), share_of_host, policy, within_plan)
+
+
+def _planned(facts, share_of_host, policy, within_plan):
+    if within_plan is None:
+        return planner.plan(facts, share_of_host, policy, TRAITS)
+    return applying.plan(facts, share_of_host, policy, TRAITS, within_plan)
 
 
 def orphans(facts, live):

@@ -59,7 +59,8 @@ def _not_replayable(name, spec, allowed):
 
 def replay(record, policy_changes=None):
     """Return ``{host, same, then, now, differences: [sentence]}`` of a RECORD; ``same``: to the byte."""
-    plan = planning.plan_of_share(record["facts"], record["share"], dict(record["policy"], **(policy_changes or {})))
+    meant = dict(record["policy"], **(policy_changes or {}))
+    plan = planning.plan_of_share(record["facts"], record["share"], meant, record.get("within"))
     then, now = inputs.checked_decision(record["decision"]), inputs.decision(plan)
     return {
         "host": record["host"],

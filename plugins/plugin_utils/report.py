@@ -3,12 +3,13 @@
 """What a person sees at the end of a sweep. Pure: plans and outcomes in, text and plain structures out.
 
 HOST ``{plan, outcomes, busy, evidence, error, refused, absent, unavailable, seconds}``, what is known of one host after
-a sweep
+a sweep; of one that only plans the outcomes are foreseen, see foreseen()
 """
 
 from __future__ import annotations
 
-from .words import enumerate_hosts
+from ..module_utils import resource as r
+from .words import enumerate_hosts, utc
 
 NUMBERS = ("live", "suspected", "confirmed", "reaped", "aside", "held", "failed")
 COLUMNS = ("HOST", "KIND", *(name.upper() for name in NUMBERS), "GIVEN BACK")
@@ -28,18 +29,26 @@ def summarize(hosts):
     return {host: _kinds(one) for host, one in sorted(_believed(hosts).items())}
 
 
-def text(realm, manifest, hosts, *, check_mode=False, abort=None, sweep="", unpublished=None):
+def foreseen(plan):
+    """Return the OUTCOMEs that a plan would come to if nothing came in between."""
+    would = {r.REMOVE: r.WOULD_REAP, r.ASIDE: r.WOULD_SET_ASIDE}
+    return [r.outcome(token, would[token["step"]]) for token in plan["reap"]]
+
+
+def text(realm, manifest, hosts, *, check_mode=False, abort=None, sweep="", unpublished=None, sealed=None, opened=None):
     """Return the report as lines for a terminal.
 
     ``hosts`` is ``{host: HOST}``, ``manifest`` the HANDLE or None, ``abort`` why the whole batch was stopped, ``sweep``
-    the id by which it can be undone, ``unpublished`` why the end of its VMs was not published.
+    the id by which it can be undone, ``unpublished`` why the end of its VMs was not published, ``sealed`` what a signed
+    plan says of itself that was made, ``opened`` the OPENED of one that was applied (see signed_plan.py).
     """
     hosts = _believed(hosts)
     summary = summarize(hosts)
     rows = [_row(host, kind, n) for host, kinds in summary.items() for kind, n in kinds.items() if _is_news(n)]
-    lines = [_headline(realm, manifest, hosts, summary, check_mode, abort)]
+    lines = [_headline(realm, manifest, hosts, summary, check_mode, abort, bool(sealed))]
     if abort:
         lines.append("STOPPED (%(code)s): %(message)s" % abort)
+    lines += (_sealed(sealed) if sealed else []) + (_applied(opened, hosts) if opened else [])
     lines += ["NOT PROVEN, so nothing is confirmed: %s" % why for why in (manifest or {}).get("unproven") or ()]
     lines += ["NOT PUBLISHED: %s" % unpublished] if unpublished else []
     lines += _table(rows) if rows else []
@@ -49,7 +58,9 @@ def text(realm, manifest, hosts, *, check_mode=False, abort=None, sweep="", unpu
     return "\n".join(printable(line) for line in lines)
 
 
-def as_json(realm, manifest, hosts, *, check_mode=False, abort=None, sweep="", unpublished=None):
+def as_json(
+    realm, manifest, hosts, *, check_mode=False, abort=None, sweep="", unpublished=None, sealed=None, opened=None
+):
     """Return the same as a structure, with every family and every outcome.
 
     ``zombies`` are those that are left, by parent: ``[{parent: HOLDER, count, vms: [vm_id]}]``.
@@ -63,11 +74,14 @@ def as_json(realm, manifest, hosts, *, check_mode=False, abort=None, sweep="", u
         "sweep": sweep,
         "stopped": abort,
         "unpublished": unpublished,
+        "sealed": sealed,
+        "applied": {key: value for key, value in opened.items() if key != "index"} if opened else None,
         "kinds": summarize(hosts),
         "hosts": {
             host: {
                 "refused": one["refused"],
                 "busy": one["busy"],
+                "within": one["plan"].get("within") if one["plan"] else None,
                 "evidence": one.get("evidence"),
                 "error": one["error"],
                 "absent": one["absent"],
@@ -218,7 +232,56 @@ def _table(rows):
     ]
 
 
-def _headline(realm, manifest, hosts, summary, check_mode, abort):
+def _sealed(plan):
+    """Say what was planned, and what is not in it."""
+    where = "; it is in %s" % plan["path"] if plan["path"] else ""
+    lines = [
+        "PLAN %s of %s: %s on %s; it can be applied until %s%s"
+        % (
+            plan["plan"],
+            utc(plan["made_at"]),
+            _some(plan["budget"]["vms"], "VM"),
+            _some(plan["budget"]["hosts"], "host"),
+            utc(plan["expires_at"]),
+            where,
+        )
+    ]
+    left_out = ((plan["unseen"], "which could not be read"), (sorted(plan["refused"]), "refused"))
+    return lines + ["NOT IN THE PLAN: %s, %s" % (enumerate_hosts(names), why) for names, why in left_out if names]
+
+
+def _applied(opened, hosts):
+    """Say which signed plan it was, and where it was not applied."""
+    states: dict = {}
+    for host, one in sorted(hosts.items()):
+        within = one["plan"].get("within") if one["plan"] and not one["refused"] else None
+        if within:
+            states.setdefault(within["state"], {}).setdefault(within["why"], []).append(host)
+    epoch = opened["manifest"].get("epoch")
+    lines = [
+        "plan %s of %s%s: %s on %s, applied on %s of this run"
+        % (
+            opened["plan"],
+            utc(opened["made_at"]),
+            ", by epoch %s" % epoch if epoch is not None else "",
+            _some(opened["budget"]["vms"], "VM"),
+            _some(opened["budget"]["hosts"], "host"),
+            _some(sum(map(len, states.pop("applied", {}).values())), "host"),
+        )
+    ]
+    return lines + [
+        "%s: nothing is removed (%s): %s" % (enumerate_hosts(names), state, why)
+        for state, groups in sorted(states.items())
+        if state != "idle"
+        for why, names in sorted(groups.items())
+    ]
+
+
+def _some(count, what):
+    return "%d %s%s" % (count, what, "" if count == 1 else "s")
+
+
+def _headline(realm, manifest, hosts, summary, check_mode, abort, is_plan=False):
     refused = [host for host in hosts if abort or hosts[host]["refused"]]
     totals = {
         # No strike is written on a host that is refused, whatever its plan thought.
@@ -228,7 +291,7 @@ def _headline(realm, manifest, hosts, summary, check_mode, abort):
     }
     if abort:
         did = "nothing was removed on any host"
-    elif totals["reaped"] and check_mode:
+    elif totals["reaped"] and (check_mode or is_plan):
         did = "%d would be reaped" % totals["reaped"]
     elif totals["reaped"]:
         did = "%d reaped, %s given back" % (totals["reaped"], human_bytes(totals["bytes"]).replace("-", "0 B"))
@@ -245,7 +308,7 @@ def _headline(realm, manifest, hosts, summary, check_mode, abort):
         source,
         did,
         "".join(", " + part for part in parts),
-        " (check mode: nothing was changed)" if check_mode else "",
+        " (check mode: nothing was changed)" if check_mode else " (a plan: nothing was changed)" if is_plan else "",
     )
 
 

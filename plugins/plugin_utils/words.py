@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import datetime
+
 NAMED = 3
 
 
@@ -21,3 +23,8 @@ def human_seconds(count):
         if count >= 2 * length:
             return "%d s (%.1f %s)" % (count, count / length, unit)
     return "%d s" % count
+
+
+def utc(instant):
+    """Return seconds since 1970 as ``2026-11-22T03:00:00Z``."""
+    return datetime.datetime.fromtimestamp(instant, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -52,6 +52,7 @@ ON_DISK = {
     "aside": [],
     "reaped": {},
     "latch": None,
+    "applied": None,
 }
 
 
@@ -62,7 +63,7 @@ def test_what_lies_on_the_disk(state):
 
 
 def test_a_ledger_that_is_older_than_the_ladder_and_the_latch(state):
-    new = ("host", "machine_id", "aside", "reaped", "latch")
+    new = ("host", "machine_id", "aside", "reaped", "latch", "applied")
     old = {key: value for key, value in ON_DISK.items() if key not in new}
     write(state, json.dumps(old).encode())
     assert ledgers.load(state, REALM) == (ON_DISK, None)
@@ -76,6 +77,7 @@ def test_a_ledger_is_of_the_realm_and_the_version_that_saves_it(state):
 def test_what_was_never_saved_may_come_from_elsewhere():
     seen = {"epochs": {"a": 7, "b": 0.5}, "count": 9, "counts": {"a": 4, "b": 5}}
     full = good(manifest=seen, reaped={"v1": 1}, latch={"code": "c", "message": "m"})
+    full["applied"] = {"plan": "1f2e", "made_at": 1_800_000_000.5, "epoch": None}
     assert ledgers.checked(full, REALM) == full
 
 
@@ -191,6 +193,12 @@ def remembered(**changes):
         (remembered(count=float("nan")), "a count that is no number"),
         (corrupt(reaped={"../x": 1}), "a reaped VM without id"),
         (corrupt(reaped={"v1": float("inf")}), "a reaped VM without id or time"),
+        (corrupt(applied={"plan": 7, "made_at": 1, "epoch": 1}), "an applied plan without id"),
+        (corrupt(applied={"plan": "p", "made_at": -1, "epoch": 1}), "an applied plan without id or time"),
+        (corrupt(applied={"plan": "p", "made_at": 1e300, "epoch": 1}), "an applied plan without id or time"),
+        (corrupt(applied={"plan": "p", "made_at": float("nan"), "epoch": 1}), "an applied plan without id or time"),
+        (corrupt(applied={"plan": "p", "made_at": 1, "epoch": float("inf")}), "an applied plan of an epoch"),
+        (corrupt(applied={"plan": "p", "made_at": 1}), "KeyError: 'epoch'"),
         (corrupt(latch={"code": "c"}), "KeyError: 'message'"),
         (corrupt(latch={"code": None, "message": "m"}), "a latch without code"),
         (corrupt(latch={"code": "c", "message": None}), "a latch without code or message"),

@@ -82,7 +82,7 @@ def packed_facts(data):
 def _unpacked(text):
     """Tell whether a text is taken."""
     try:
-        host_facts._unpack(text)
+        host_facts.unpack(text)
     except host_facts.FactsError:
         return False
     return True
