@@ -117,6 +117,8 @@ def _impossible(parameters):
     keys = signed_plan.keys_of(parameters["reap_plan_key"])
     if (keys or parameters["reap_plan"]) and signed_plan.weak(keys):
         problems.append(signed_plan.weak(keys))
+    if parameters["reap_plan_required"] and not parameters["reap_plan"]:
+        problems.append("reap_plan is empty and reap_plan_required is true: make a plan first, with playbooks/plan.yml")
     above_nothing = ("deadline", "manifest_max_age", "plan_max_age", "evidence_seconds", "evidence_bytes")
     for name in (PREFIX + key for key in above_nothing):
         if parameters[name] <= 0:

@@ -6,6 +6,7 @@ transmit, worker and process. The directory of the worker stands for /runner of 
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import shutil
@@ -29,6 +30,9 @@ SEARCHED = (
     ("ANSIBLE_COLLECTIONS_PATH", "collections_path", "requirements_collections",
      "~/.ansible/collections:/usr/share/ansible/collections"),
 )
+
+
+_numbers = itertools.count(1)
 
 
 @dataclass
@@ -82,11 +86,12 @@ def sliced(inventory: dict, number: int, count: int) -> dict:
 def imported(source: Path) -> dict:
     """Return an inventory as AWX imports it: groups with variables, and all hosts."""
     command = [BIN / "ansible-inventory", "-i", source, "--list", "--export"]
-    listed = json.loads(subprocess.check_output(command, cwd=source.parent, env={**os.environ, "ANSIBLE_CONFIG": ""}))
+    environment = {name: value for name, value in os.environ.items() if name != "ANSIBLE_CONFIG"}
+    listed = json.loads(subprocess.check_output(command, cwd=source.parent, env=environment))
     hosts = {host for group in listed.values() for host in group.get("hosts", [])}
-    listed["_meta"] = {"hostvars": {host: listed["_meta"]["hostvars"].get(host, {}) for host in hosts}}
-    listed.setdefault("all", {})["hosts"] = sorted(hosts)
-    return listed
+    variables = {host: listed.get("_meta", {}).get("hostvars", {}).get(host, {}) for host in hosts}
+    every = {**listed.get("all", {}), "hosts": sorted(hosts)}
+    return {**listed, "all": every, "_meta": {"hostvars": variables}}
 
 
 class _Unsafe(yaml.SafeDumper):
@@ -109,12 +114,12 @@ def run(
     limit: str = "",
     programs: Path = BIN,
 ) -> Job:
-    """Run a job of a template, as awx/templates.yml has it.
+    """Run a job of a template: its fields as AWX has them, ``extra_vars`` a dictionary, ``survey`` its questions.
 
     ``answers`` are those of the survey, and what comes from the job before; ``secrets`` what credentials inject;
     ``slice_of`` which slice it is of how many.
     """
-    number = len(list(directory.glob("job-*"))) + 1
+    number = next(_numbers)
     private, worker = directory / f"job-{number}", directory / f"runner-{number}"
     for name in ("artifacts", "cp", "env", "inventory", "requirements_collections", "requirements_roles"):
         (private / name).mkdir(parents=True)
@@ -126,16 +131,15 @@ def run(
     _write(private / "inventory/hosts", script, 0o700)
     about = {f"{name}_{key}": value for name in ("awx", "tower") for key, value in {
         "job_id": number, "job_launch_type": "workflow", "inventory_id": 1, "project_revision": "0" * 40,
-        "job_template_id": 7, "job_template_name": template["name"],
+        "job_template_id": template["id"], "job_template_name": template["name"],
     }.items()}
-    questions = template.get("survey_spec", {}).get("spec", [])
-    defaults = {one["variable"]: one["default"] for one in questions if "default" in one}
-    variables = {**about, **template.get("extra_vars", {}), **defaults, **(answers or {})}
+    defaults = {one["variable"]: one["default"] for one in template["survey"] if "default" in one}
+    variables = {**about, **template["extra_vars"], **defaults, **(answers or {})}
     _write(private / "env/extravars", yaml.dump(variables, Dumper=_Unsafe))
     _write(private / "env/secrets", yaml.dump(secrets or {}, Dumper=_Unsafe))
     _write(private / "env/settings", json.dumps({"job_timeout": 600, "suppress_ansible_output": True}))
     words = ["--check"] if job_type == "check" else []
-    words += ["-u", "root"] + (["--diff"] if template.get("diff_mode") else [])
+    words += ["-u", "root"] + (["--diff"] if template["diff_mode"] else [])
     words += [f"--forks={template['forks']}"] + (["-l", limit] if limit else [])
     _write(private / "env/cmdline", ansible_runner.utils.args2cmdline(*words, "-e", f"@{worker}/env/secrets"))
 
@@ -151,8 +155,7 @@ def run(
             suppress_env_files=True,
             fact_cache_type="",
         )
-    home = directory / "home"
-    home.mkdir(exist_ok=True)
+    (home := directory / f"home-{number}").mkdir()
     kept = {name: os.environ[name] for name in ("LANG", "LC_ALL", "TMPDIR") if name in os.environ}
     done = subprocess.run(
         [BIN / "ansible-runner", "worker", f"--private-data-dir={worker}"],

@@ -9,12 +9,16 @@ import os
 import re
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
+import oldest
 import pytest
 import yaml
-from hosts.fleet import ROOT
-from integration import community
+from hosts.fleet import ROOT, Fleet, write_list
+from integration import awx_job, community
 from integration.awx_controller import TOKEN, Controller, Refused, serving, wrong_question
 
 SETTINGS = {
@@ -22,8 +26,8 @@ SETTINGS = {
     "awx_inventory_scm_url": "https://git.example.org/fleet.git",
     "awx_machine_credential": "hypervisors",
     "awx_notify_url": "https://chat.example.org/hook",
-    "awx_plan_key": "k-of-the-plan",
-    "awx_live_source_token": "t-of-the-source",
+    "awx_plan_key": "the-key-of-the-plans-of-these-tests",
+    "awx_live_source_token": "the-token-of-the-live-source",
 }
 
 
@@ -33,8 +37,9 @@ def files() -> list[str]:
     return subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def controller() -> Controller:
+    """A controller with what a person has to make: the credential of the hosts."""
     fresh = Controller(files())
     fresh.add("credentials", {"name": "hypervisors", "organization": 1, "credential_type": 2, "inputs": {}})
     return fresh
@@ -50,6 +55,7 @@ def apply(controller: Controller, *arguments: str, **changes) -> subprocess.Comp
                 **os.environ,
                 "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
                 "ANSIBLE_COLLECTIONS_PATH": f"{ROOT / 'collections'}:{community.awx()}",
+                "ANSIBLE_PIPELINING": "true",
                 "CONTROLLER_HOST": url,
                 "CONTROLLER_OAUTH_TOKEN": TOKEN,
             },
@@ -64,12 +70,25 @@ def recap(done: subprocess.CompletedProcess) -> dict[str, int]:
     return {name: int(count) for name, count in re.findall(r"(\w+)=(\d+)", line)}
 
 
-def test_all_of_it_is_accepted_and_the_second_time_nothing_is_written(controller: Controller) -> None:
-    first = apply(controller)
-    assert first.returncode == 0, first.stdout + first.stderr
+@pytest.fixture(scope="module")
+def applied(controller: Controller) -> Controller:
+    """A controller that was set up by the playbook."""
+    done = apply(controller)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not any(SETTINGS[secret] in done.stdout for secret in ("awx_plan_key", "awx_live_source_token"))
+    return controller
+
+
+def test_what_has_no_default_is_named_before_awx_is_asked(controller: Controller) -> None:
+    done = apply(controller, awx_plan_key=None, awx_run="both")
+    assert done.returncode and "awx_plan_key" in done.stdout and "both" in done.stdout
+    assert not controller.writes
+
+
+def test_all_of_it_is_accepted_and_the_second_time_nothing_is_written(applied: Controller) -> None:
+    controller = applied
     # What AWX takes from elsewhere: the organization of a job template is that of its project.
     assert set(controller.ignored) <= {("job_templates", "organization"), ("workflow_job_template_nodes", "type")}
-    assert not any(secret in first.stdout for secret in ("k-of-the-plan", "t-of-the-source"))
 
     of_apply = controller.one("job_templates", "microvm.reaper apply")
     assert of_apply["job_slice_count"] == 5 and of_apply["allow_simultaneous"] is False
@@ -80,7 +99,7 @@ def test_all_of_it_is_accepted_and_the_second_time_nothing_is_written(controller
         signs = "microvm.reaper plan key" in controller.names(*template, "credentials")
         assert signs is (name != "reap")
     nodes = "workflow_job_template_nodes"
-    assert controller.names(nodes, "plan", "success_nodes") == ["approve"]
+    assert controller.names(nodes, "plan", "always_nodes") == ["approve"]
     assert controller.names(nodes, "approve", "success_nodes") == ["apply"]
     assert controller.names(nodes, "apply", "success_nodes") == []
     approval = controller.find("workflow_approval_templates", controller.one(nodes, "approve")["unified_job_template"])
@@ -91,12 +110,6 @@ def test_all_of_it_is_accepted_and_the_second_time_nothing_is_written(controller
     controller.writes.clear()
     second = apply(controller)
     assert (second.returncode, recap(second)["changed"], controller.writes) == (0, 0, []), second.stdout
-
-
-def test_what_has_no_default_is_named_before_awx_is_asked(controller: Controller) -> None:
-    done = apply(controller, awx_plan_key=None, awx_run="both")
-    assert done.returncode and "awx_plan_key" in done.stdout and "both" in done.stdout
-    assert not controller.writes
 
 
 # --- the stand-in refuses what AWX refuses
@@ -253,3 +266,147 @@ class _WithUnsafe(yaml.SafeLoader):
 
 
 _WithUnsafe.add_constructor("!unsafe", lambda loader, node: loader.construct_scalar(node))
+
+
+# --- what AWX runs
+
+
+@dataclass
+class Site:
+    """This machine as a host of AWX, with jails of dead VMs."""
+
+    applied: Controller
+    directory: Path
+    repository: Path
+    programs: Path
+
+    def plant(self, *names: str) -> None:
+        for name in names:
+            (self.directory / "jailer/firecracker" / name / "root").mkdir(parents=True)
+
+    def left(self) -> list[str]:
+        return sorted(path.name for path in (self.directory / "jailer/firecracker").glob("[!.]*"))
+
+    def list_live(self, *names: str, **changes) -> None:
+        # By a clock that is a little ahead: what was just planted is then older than the list.
+        date = time.time() + 25
+        document = {"realm": "awx", "generated_at": date, "complete": True, "vms": [{"vm_id": name} for name in names]}
+        write_list(self.directory / f"{SETTINGS['awx_live_source_token']}.json", {**document, **changes})
+
+    def run(self, name: str, answers: dict | None = None, **variables) -> awx_job.Job:
+        said = {
+            "reap_realm": "awx",
+            "reap_presets": ["firecracker-jailer"],
+            "reap_kinds": ["jail", "cgroup"],
+            "reap_jail_bases": [str(self.directory / "jailer")],
+            "reap_cgroup_roots": ["no-such-parent"],
+            # What a credential injects, in a variable of the inventory.
+            "reap_live_sources": [{"type": "file", "path": f"{self.directory}/{{{{ live_source_token }}}}.json"}],
+            "reap_state_dir": str(self.directory / "state"),
+            "reap_strike_interval": 0.01,
+            "reap_min_age": 0,
+            "reap_hold": 0,
+            **variables,
+        }
+        local = {"ansible_connection": "local", "ansible_python_interpreter": sys.executable}
+        inventory = {"all": {"hosts": ["rack1"], "vars": said}, "_meta": {"hostvars": {"rack1": local}}}
+        job = run(self.applied, name, self.repository, self.directory, inventory, answers, programs=self.programs)
+        print(job.stdout)
+        return job
+
+
+def run(
+    applied: Controller, name: str, repository: Path, directory: Path, inventory: dict, answers: dict | None, **how
+) -> awx_job.Job:
+    """Run a job of a template as the playbook has made it, with what its credentials inject."""
+    made = applied.one("job_templates", f"microvm.reaper {name}")
+    survey = applied.surveys.get(("job_templates", made["id"]), {"spec": []})["spec"]
+    template = {**made, "extra_vars": json.loads(made["extra_vars"] or "{}"), "survey": survey}
+    attached = applied.names("job_templates", made["name"], "credentials")
+    known = {"microvm.reaper plan key": {"reap_plan_key": SETTINGS["awx_plan_key"]},
+             "microvm.reaper live source": {"live_source_token": SETTINGS["awx_live_source_token"]}}
+    secrets = {key: value for one in attached for key, value in known.get(one, {}).items()}
+    return awx_job.run(repository, directory, template, inventory, answers=answers, secrets=secrets, **how)
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return awx_job.repository(tmp_path_factory.mktemp("project"))
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may remove jails")
+def test_what_a_sweep_comes_to_is_told_by_the_status_and_the_artifact(
+    applied: Controller, repository: Path, tmp_path: Path
+) -> None:
+    """With the oldest ansible-core, which execution environments of AWX have."""
+    site = Site(applied, tmp_path, repository, oldest.programs(oldest.promised()))
+    site.plant("dead1", "dead2")
+    site.list_live("alive")
+    first = site.run("reap")
+    assert (first.status, first.hosts) == ("successful", {"rack1"})
+    counts = first.artifacts["microvm_reaper"]
+    assert (counts["suspected"], counts["reaped"], counts["refused"], counts["stopped"]) == (2, 0, {}, None)
+    assert "2 suspected" in first.stdout
+
+    capped = site.run("reap", reap_max_per_fleet=1)
+    assert capped.status == "failed" and capped.artifacts["microvm_reaper"]["stopped"]["code"] == "fleet_cap"
+    site.list_live("alive", hosts=["rack2"])
+    refused = site.run("reap")
+    assert refused.status == "failed" and sum(refused.artifacts["microvm_reaper"]["refused"].values()) == 1
+    assert site.left() == ["dead1", "dead2"]
+
+    site.list_live("alive")
+    aside = site.run("reap", reap_hold=3600)
+    assert (aside.status, aside.artifacts["microvm_reaper"]["aside"], site.left()) == ("successful", 2, [])
+    back = site.run("undo", {"vm_id": "dead1"})
+    assert (back.status, site.left()) == ("successful", ["dead1"])
+    gone = site.run("reap")
+    assert (gone.status, gone.artifacts["microvm_reaper"]["reaped"], site.left()) == ("successful", 1, ["dead1"])
+
+    site.list_live("alive", "dead2")
+    latched = site.run("reap")
+    assert (latched.status, latched.artifacts["microvm_reaper"]["refused"]) == ("failed", {"latched": 1})
+    cleared = site.run("reap", {"reap_clear_latch": "awx"})
+    assert (cleared.status, cleared.artifacts["microvm_reaper"]["refused"]) == ("successful", {})
+
+    why = site.run("explain", {"vm_id": "dead1"})
+    assert why.status == "successful" and "dead1" in why.stdout
+
+    unplanned = site.run("apply")
+    assert unplanned.status == "failed" and "reap_plan_required" in unplanned.stdout
+
+
+@pytest.mark.hosts
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(os.geteuid() != 0, reason="test hosts need root")
+def test_the_slices_of_an_apply_do_together_what_the_plan_says(
+    applied: Controller, repository: Path, pair: Fleet, tmp_path: Path
+) -> None:
+    """The nodes of the workflow, one after the other; what one leaves as artifacts the next gets as variables."""
+    pair.plant({"live": 2, "orphans": 2, "containers": 0})
+    pair.list_live(generated_at=time.time() + 25)
+    inventory = awx_job.imported(pair.state / "inventory.yml")
+    inventory["all"]["vars"] |= {"reap_min_age": 0, "reap_strike_interval": 0.1, "reap_max_percent": 100}
+
+    def job(name: str, answers: dict | None = None, share: tuple[int, int] = (1, 1)) -> awx_job.Job:
+        done = run(applied, name, repository, tmp_path, inventory, answers, slice_of=share)
+        print(done.stdout)
+        return done
+
+    assert job("reap").artifacts["microvm_reaper"]["suspected"] > 0
+    pair.list_live(generated_at=time.time() + 25)
+    planned = job("plan")
+    assert planned.status == "successful" and pair.check("there") == []
+    count = applied.one("job_templates", "microvm.reaper apply")["job_slice_count"]
+    assert count > 1
+
+    with ThreadPoolExecutor() as pool:
+        slices = list(pool.map(lambda number: job("apply", planned.artifacts, (number, 2)), (1, 2)))
+    assert [one.status for one in slices] == ["successful", "successful"]
+    assert [one.hosts for one in slices] == [{"one"}, {"two"}]
+    assert pair.check("gone") == []
+    reaped = [one.artifacts["microvm_reaper"]["reaped"] for one in slices]
+    assert all(reaped) and sum(reaped) == planned.artifacts["microvm_reaper"]["confirmed"]
+    again = job("apply", planned.artifacts)
+    assert again.status == "failed" and again.artifacts["microvm_reaper"]["reaped"] == 0
