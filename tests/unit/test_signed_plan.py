@@ -9,9 +9,11 @@ import os
 import stat
 
 import pytest
+from ansible_collections.microvm.reaper.plugins.action import preflight
 from ansible_collections.microvm.reaper.plugins.module_utils.gather import squeezed
 from ansible_collections.microvm.reaper.plugins.plugin_utils import signed_plan
 from ansible_collections.microvm.reaper.plugins.plugin_utils.signed_plan import PlanError, keys_of, seal, unseal
+from ansible_collections.microvm.reaper.plugins.plugin_utils.variables import role_spec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from unit.builders import MACHINE, REALM, sweep_twice, thing
@@ -288,3 +290,16 @@ def test_each_host_is_given_its_share_and_only_that(tmp_path):
     nothing = {"machine_id": None, "acts": [], "begins": []}
     for host, why in (("h2", "idle"), ("h3", "refused"), ("h9", "unseen"), ("h' OR 1", "missing")):
         assert signed_plan.share_of(handle, host) == dict(common, absent=why, **nothing)
+
+
+@pytest.mark.parametrize(("more", "problems"), [({}, 1), ({"reap_plan": "/srv/prod.plan"}, 0)])
+def test_where_a_plan_is_required_a_sweep_without_is_refused(more, problems):
+    given_variables = {
+        "reap_realm": "prod",
+        "reap_presets": ["hyper"],
+        "reap_live_sources": [{"type": "file", "path": "/live.json"}],
+        "reap_plan_key": KEY,
+        "reap_plan_required": "true",
+    }
+    found = preflight.check(dict(given_variables, **more), role_spec())
+    assert len(found) == problems and all("reap_plan_required is true" in one for one in found), found
