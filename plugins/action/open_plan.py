@@ -33,6 +33,8 @@ class ActionModule(ActionBase):
         )
         instant, where = now(), "in reap_plan"
         try:
+            if not arguments["plan"]:
+                raise PlanError("plan_missing", "reap_plan is not given, and reap_plan_required is true")
             keys = signed_plan.keys_of(arguments["key"])
             problem = signed_plan.weak(keys)
             if problem:

@@ -26,6 +26,8 @@ from ansible_collections.microvm.reaper.plugins.plugin_utils.variables import PR
 from ansible_collections.microvm.reaper.plugins.plugin_utils.words import enumerate_hosts
 
 MOST_THIN_ID = (1 << 24) - 1
+# A signed plan is opened once, for all: with one for some hosts only, either all or none would be swept by it.
+FOR_ALL = ("reap_plan", "reap_plan_required")
 
 
 class ActionModule(ActionBase):
@@ -39,7 +41,7 @@ class ActionModule(ActionBase):
         result = super().run(tmp, task_vars)
         spec, problems, known_good, signed = role_spec(), {}, set(), {}
         for host, variables in self._variables_by_host(task_vars):
-            signed.setdefault(str(variables.get("reap_plan") or ""), []).append(host)
+            signed.setdefault(json.dumps([variables.get(name) for name in FOR_ALL], default=str), []).append(host)
             key = json.dumps(variables, sort_keys=True, default=str)
             if key not in known_good:
                 found = check(variables, spec)
@@ -47,8 +49,7 @@ class ActionModule(ActionBase):
                 for problem in found:
                     problems.setdefault(problem, []).append(host)
         if len(signed) > 1:
-            # It is opened once, for all: whoever has none would sweep by none, or all would.
-            problems["reap_plan must be the same for all hosts of a run"] = list(signed.values())[1]
+            problems["%s must be the same for all hosts of a run" % " and ".join(FOR_ALL)] = list(signed.values())[1]
         result.update(changed=False, hosts=list(task_vars["ansible_play_batch"]), sweep=_sweep())
         if problems:
             said = ["%s (%s)" % (problem, enumerate_hosts(hosts)) for problem, hosts in problems.items()]
@@ -117,8 +118,6 @@ def _impossible(parameters):
     keys = signed_plan.keys_of(parameters["reap_plan_key"])
     if (keys or parameters["reap_plan"]) and signed_plan.weak(keys):
         problems.append(signed_plan.weak(keys))
-    if parameters["reap_plan_required"] and not parameters["reap_plan"]:
-        problems.append("reap_plan is empty and reap_plan_required is true: make a plan first, with playbooks/plan.yml")
     above_nothing = ("deadline", "manifest_max_age", "plan_max_age", "evidence_seconds", "evidence_bytes")
     for name in (PREFIX + key for key in above_nothing):
         if parameters[name] <= 0:

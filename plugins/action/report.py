@@ -42,23 +42,20 @@ class ActionModule(ActionBase):
         manifest = (first.get(names["manifest"]) or {}).get("manifest")
         abort = _abort(first, names)
         published = first.get(names.get("published")) or {}
-        run = {
+        how = {
+            "sealed": (first.get(names.get("sealed")) or {}).get("sealed"),
+            "opened": (first.get(names.get("opened")) or {}).get("opened"),
             "check_mode": self._task.check_mode,
             "abort": abort,
             "sweep": arguments["sweep"],
             "unpublished": published.get("error"),
-        }
-        how = {
-            "sealed": (first.get(names.get("sealed")) or {}).get("sealed"),
-            "opened": (first.get(names.get("opened")) or {}).get("opened"),
-            **run,
         }
         text = report.text(arguments["realm"], manifest, hosts, **how)
         Display().display(text)
         document = report.as_json(arguments["realm"], manifest, hosts, **how)
         result.update(changed=False, report=text, totals=document["kinds"])
         before = os.path.join(C.DEFAULT_LOCAL_TMP, "artifact.json")  # type: ignore[attr-defined]
-        counts = report.artifact(arguments["realm"], hosts, before=_read(before), **run)
+        counts = report.artifact(arguments["realm"], hosts, before=_read(before), **how)
         _replace(before, counts)
         result["ansible_stats"] = {"data": {ARTIFACT: counts}, "per_host": False, "aggregate": False}
         if arguments["path"]:

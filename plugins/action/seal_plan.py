@@ -80,13 +80,8 @@ class ActionModule(ActionBase):
             max_age=arguments["max_age"],
         )
         text = signed_plan.seal(found, keys)
-        if arguments["artifact"] and len(text) > signed_plan.MAX_ARTIFACT:
-            raise PlanError(
-                "plan_too_large",
-                "it has %d bytes, and AWX keeps no artifact of more than %d whole: write it to reap_plan_path, where "
-                "the jobs that apply it can read it, and set reap_plan_artifact to false"
-                % (len(text), signed_plan.MAX_ARTIFACT),
-            )
+        if arguments["artifact"]:
+            signed_plan.check_artifact(text)
         if arguments["path"] and not self._task.check_mode:
             signed_plan.write(arguments["path"], text)
         kept = ("plan", "made_at", "expires_at", "manifest", "budget", "idle", "refused", "unseen")

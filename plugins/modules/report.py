@@ -111,8 +111,9 @@ ansible_stats:
       contains:
         microvm_reaper:
           description:
-            - C(realm), C(sweep) and C(check_mode) of the run; C(hosts), how many there were, and
-              C(errors), on how many of them a step failed.
+            - C(realm), C(sweep) and C(check_mode) of the run; C(plan), the id of the signed plan that it made or
+              applied, or null; C(planned), whether it has made it. What would be done is counted as if it were done.
+            - C(hosts), how many there were, and C(errors), on how many of them a step failed.
             - C(refused), how many hosts by the code they were refused for; C(stopped), the C(code) and C(message) of
               what stopped a batch, or null; C(unpublished), whether telling who ended has failed.
             - C(live), C(suspected), C(confirmed), C(reaped), C(aside), C(held), C(failed), C(already_gone) and C(bytes)

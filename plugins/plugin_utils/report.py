@@ -98,10 +98,12 @@ def as_json(
     }
 
 
-def artifact(realm, hosts, *, check_mode=False, abort=None, sweep="", unpublished=None, before=None):
+def artifact(
+    realm, hosts, *, check_mode=False, abort=None, sweep="", unpublished=None, sealed=None, opened=None, before=None
+):
     """Return what a scheduler should keep of a sweep: counts only, however many hosts there are.
 
-    ``before`` is what was returned for the earlier batches of the same run, ``refused`` how many hosts by code.
+    ``before`` is what was returned for the earlier batches of the same run; for all others see text().
     """
     hosts, before = _believed(hosts), before or {}
     kinds = [n for of_host in summarize(hosts).values() for n in of_host.values()]
@@ -115,6 +117,8 @@ def artifact(realm, hosts, *, check_mode=False, abort=None, sweep="", unpublishe
         "realm": realm,
         "sweep": sweep,
         "check_mode": check_mode,
+        "planned": bool(sealed),
+        "plan": (sealed or opened or {}).get("plan"),
         "hosts": before.get("hosts", 0) + len(hosts),
         "errors": before.get("errors", 0) + sum(1 for one in hosts.values() if one["error"]),
         "refused": refused,

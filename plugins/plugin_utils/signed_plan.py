@@ -166,6 +166,16 @@ def unseal(text, keys, *, realm, now, max_age):
     return found
 
 
+def check_artifact(text):
+    """Raise PlanError for a text that is too large to be passed on by AWX."""
+    if len(text) > MAX_ARTIFACT:
+        raise PlanError(
+            "plan_too_large",
+            "it has %d bytes, and AWX passes on no more than %d of them safely: write it to reap_plan_path, where the "
+            "jobs that apply it can read it, and set reap_plan_artifact to false" % (len(text), MAX_ARTIFACT),
+        )
+
+
 def is_sealed(text):
     """Tell whether it begins as a sealed plan does, and so is not the path of one."""
     return text.startswith(NAME + ":")

@@ -374,7 +374,7 @@ def test_what_a_sweep_comes_to_is_told_by_the_status_and_the_artifact(
     assert why.status == "successful" and "dead1" in why.stdout
 
     unplanned = site.run("apply")
-    assert unplanned.status == "failed" and "reap_plan_required" in unplanned.stdout
+    assert unplanned.status == "failed" and unplanned.artifacts["microvm_reaper"]["stopped"]["code"] == "plan_missing"
 
 
 @pytest.mark.hosts
@@ -397,7 +397,8 @@ def test_the_slices_of_an_apply_do_together_what_the_plan_says(
     assert job("reap").artifacts["microvm_reaper"]["suspected"] > 0
     pair.list_live(generated_at=time.time() + 25)
     planned = job("plan")
-    assert planned.status == "successful" and pair.check("there") == []
+    assert planned.status == "successful" and planned.artifacts["microvm_reaper"]["planned"]
+    assert pair.check("there") == []
     count = applied.one("job_templates", "microvm.reaper apply")["job_slice_count"]
     assert count > 1
 
@@ -409,4 +410,4 @@ def test_the_slices_of_an_apply_do_together_what_the_plan_says(
     reaped = [one.artifacts["microvm_reaper"]["reaped"] for one in slices]
     assert all(reaped) and sum(reaped) == planned.artifacts["microvm_reaper"]["confirmed"]
     again = job("apply", planned.artifacts)
-    assert again.status == "failed" and again.artifacts["microvm_reaper"]["reaped"] == 0
+    assert again.artifacts["microvm_reaper"]["reaped"] == 0 and "plan_spent" in again.stdout

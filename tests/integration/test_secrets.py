@@ -19,6 +19,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "hunter2-of-the-reaper"
+KEY = SECRET + ", who signs its plans"
 
 pytestmark = [
     pytest.mark.timeout(120),
@@ -52,15 +53,26 @@ def url() -> Iterator[str]:
     server.shutdown()
 
 
+SIGNED = "the path of the plan"
+
+
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("playbooks", "changes", "code", "said"),
     [
-        ([], 0, "1 VMs live by http"),
-        (["--check", "--diff"], 0, "1 VMs live by http"),
-        (["-e", json.dumps({"reap_realm": "other"})], 2, "other_realm"),
+        (["reap"], {}, 0, "1 VMs live by http"),
+        (["reap", "--check", "--diff"], {}, 0, "1 VMs live by http"),
+        (["reap"], {"reap_realm": "other"}, 2, "other_realm"),
+        (["plan"], {"reap_plan_path": SIGNED, "reap_plan_artifact": True}, 0, "it can be applied until"),
+        (["plan"], {"reap_plan_path": SIGNED, "reap_plan_key": SECRET}, 2, "shorter than 32 characters"),
+        (["reap"], {"reap_plan": SIGNED, "reap_plan_key": ["k" * 32, KEY]}, 2, "plan_unreadable"),
+        (["plan", "playbooks/reap.yml"], {"reap_plan_path": SIGNED, "reap_plan": SIGNED}, 0, "on 0 hosts, applied on"),
+        (["plan", "playbooks/reap.yml"], {"reap_plan_path": SIGNED, "reap_plan": SIGNED, "reap_plan_max_age": 0.01}, 2,
+         "plan_expired"),
     ],
 )
-def test_nothing_tells_a_secret(url: str, tmp_path: Path, arguments: list[str], code: int, said: str) -> None:
+def test_nothing_tells_a_secret(
+    url: str, tmp_path: Path, playbooks: list[str], changes: dict, code: int, said: str
+) -> None:
     jail = tmp_path / "jailer/firecracker/dead/root"
     jail.mkdir(parents=True)
     variables = {
@@ -73,13 +85,16 @@ def test_nothing_tells_a_secret(url: str, tmp_path: Path, arguments: list[str], 
         "reap_save_inputs": str(tmp_path),
         "reap_min_age": 0,
         "reap_live_sources": [{"type": "http", "url": url, "token": SECRET}],
+        "reap_plan_key": [KEY, "k" * 32],
         "ansible_python_interpreter": sys.executable,
     }
+    signed = {name: str(tmp_path / "signed.plan") for name, value in changes.items() if value == SIGNED}
+    variables.update(changes, **signed)
     given = tmp_path / "variables.json"
     given.write_text(json.dumps(variables))
     program = [str(Path(sys.executable).parent / "ansible-playbook"), "-vvvvv", "-i", "localhost,", "-c", "local"]
     done = subprocess.run(
-        [*program, "playbooks/reap.yml", "-e", f"@{given}", *arguments],
+        [*program, "-e", f"@{given}", f"playbooks/{playbooks[0]}.yml", *playbooks[1:]],
         cwd=ROOT,
         env={**os.environ, "ANSIBLE_DEBUG": "1", "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")},
         capture_output=True,

@@ -268,10 +268,14 @@ def test_the_artifact_has_counts_only_and_adds_up_the_batches():
     latched = {"code": "latched", "message": "v9 lives"}
     batch = {"h1": host(first, outcomes=done), "h2": host(first, refused=latched), "h3": host(error="unreachable")}
     counts = report.artifact("prod", batch, sweep="5", check_mode=True)
+    sealed = report.artifact("prod", {}, sealed=dict(SIGNED, unseen=[], refused={}))
+    assert (sealed["planned"], sealed["plan"]) == (True, SIGNED["plan"])
+    assert report.artifact("prod", {}, opened=SIGNED)["plan"] == SIGNED["plan"]
     assert counts == {
-        "realm": "prod", "sweep": "5", "check_mode": True, "hosts": 3, "errors": 1, "refused": {"latched": 1},
-        "stopped": None, "unpublished": False, "live": 0, "suspected": 0, "confirmed": 4, "reaped": 1, "aside": 0,
-        "held": 0, "failed": 1, "already_gone": 0, "bytes": 3 + sum(one["bytes"] or 0 for one in done[1:]),
+        "realm": "prod", "sweep": "5", "check_mode": True, "planned": False, "plan": None, "hosts": 3, "errors": 1,
+        "refused": {"latched": 1}, "stopped": None, "unpublished": False, "live": 0, "suspected": 0, "confirmed": 4,
+        "reaped": 1, "aside": 0, "held": 0, "failed": 1, "already_gone": 0,
+        "bytes": 3 + sum(one["bytes"] or 0 for one in done[1:]),
     }
     stop = {"code": "fleet_cap", "message": "\x1b[31m" + "too many" * 1000}
     both = report.artifact("prod", {"h4": host(refused=latched)}, before=counts, abort=stop, unpublished="timeout")
@@ -279,3 +283,57 @@ def test_the_artifact_has_counts_only_and_adds_up_the_batches():
     assert both["stopped"]["code"] == "fleet_cap" and "\x1b" not in both["stopped"]["message"]
     last = report.artifact("prod", {"h%d" % n: host(first, outcomes=done) for n in range(5, 3005)}, before=both)
     assert last["hosts"] == 3004 and last["stopped"] == both["stopped"] and len(json.dumps(last)) < 2000
+
+
+# --- signed plans ------------------------------------------------------------------------------------------------
+
+SIGNED = {
+    "plan": "1f2e3d4c5b6a7988",
+    "made_at": 1_800_000_000.0,
+    "expires_at": 1_800_003_600.0,
+    "manifest": {"epoch": 7},
+    "budget": {"vms": 1, "hosts": 2, "caps": {}},
+}
+
+
+def test_a_plan_is_shown_as_what_would_be_done_and_what_is_not_in_it():
+    planned = sweep_twice(thing("cgroup", "v1"), thing("jail", "v1"), hold={"jail": 60})
+    would = report.foreseen(planned)
+    assert [(one["kind"], one["outcome"]) for one in would] == [("jail", "would_set_aside"), ("cgroup", "would_reap")]
+    sealed = dict(SIGNED, path="/srv/p", unseen=["h7", "h8"], refused={"h9": "latched"})
+    said = lines({"h1": host(planned, outcomes=would)}, sealed=sealed)
+    assert said[0].endswith(": 1 would be reaped, 1 aside (a plan: nothing was changed)")
+    assert said[1] == (
+        "PLAN 1f2e3d4c5b6a7988 of 2027-01-15T08:00:00Z: 1 VM on 2 hosts; it can be applied until 2027-01-15T09:00:00Z;"
+        " it is in /srv/p"
+    )
+    assert said[2:4] == ["NOT IN THE PLAN: h7 and h8, which could not be read", "NOT IN THE PLAN: h9, refused"]
+    complete = lines({"h1": host(planned)}, sealed=dict(SIGNED, path="", unseen=[], refused={}))
+    assert complete[1].endswith("until 2027-01-15T09:00:00Z") and "NOT IN" not in "".join(complete)
+
+
+def applied(state, why, **changes):
+    planned = dict(plan(facts()), within={"plan": "p", "made_at": 1.0, "epoch": 7, "state": state, "why": why})
+    return host(planned, **changes)
+
+
+def test_an_apply_says_which_plan_it_was_and_where_it_was_not_applied():
+    hosts = {
+        "h1": applied("applied", None),
+        "h2": applied("idle", "nothing to do"),
+        "h3": applied("plan_spent", "applied before"),
+        "h4": applied("plan_spent", "applied before"),
+        "h5": applied("unseen", "not read then"),
+        "h6": applied("applied", None, refused={"code": "host_unknown", "message": "m"}),
+        "h7": host(),
+    }
+    opened = dict(SIGNED, index="/tmp/plan.sqlite")
+    assert lines(hosts, opened=opened)[1:4] == [
+        "plan 1f2e3d4c5b6a7988 of 2027-01-15T08:00:00Z, by epoch 7: 1 VM on 2 hosts, applied on 1 host of this run",
+        "h3 and h4: nothing is removed (plan_spent): applied before",
+        "h5: nothing is removed (unseen): not read then",
+    ]
+    document = report.as_json("prod", MANIFEST, hosts, opened=opened)
+    assert document["applied"] == SIGNED and document["sealed"] is None
+    assert document["hosts"]["h3"]["within"]["state"] == "plan_spent" and document["hosts"]["h7"]["within"] is None
+    assert "by epoch" not in lines(hosts, opened=dict(opened, manifest={"epoch": None}))[1]

@@ -9,11 +9,9 @@ import os
 import stat
 
 import pytest
-from ansible_collections.microvm.reaper.plugins.action import preflight
 from ansible_collections.microvm.reaper.plugins.module_utils.gather import squeezed
 from ansible_collections.microvm.reaper.plugins.plugin_utils import signed_plan
 from ansible_collections.microvm.reaper.plugins.plugin_utils.signed_plan import PlanError, keys_of, seal, unseal
-from ansible_collections.microvm.reaper.plugins.plugin_utils.variables import role_spec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from unit.builders import MACHINE, REALM, sweep_twice, thing
@@ -292,14 +290,8 @@ def test_each_host_is_given_its_share_and_only_that(tmp_path):
         assert signed_plan.share_of(handle, host) == dict(common, absent=why, **nothing)
 
 
-@pytest.mark.parametrize(("more", "problems"), [({}, 1), ({"reap_plan": "/srv/prod.plan"}, 0)])
-def test_where_a_plan_is_required_a_sweep_without_is_refused(more, problems):
-    given_variables = {
-        "reap_realm": "prod",
-        "reap_presets": ["hyper"],
-        "reap_live_sources": [{"type": "file", "path": "/live.json"}],
-        "reap_plan_key": KEY,
-        "reap_plan_required": "true",
-    }
-    found = preflight.check(dict(given_variables, **more), role_spec())
-    assert len(found) == problems and all("reap_plan_required is true" in one for one in found), found
+def test_what_awx_would_cut_is_refused():
+    signed_plan.check_artifact("x" * signed_plan.MAX_ARTIFACT)
+    with pytest.raises(PlanError, match="524289 bytes.*write it to reap_plan_path") as caught:
+        signed_plan.check_artifact("x" * (signed_plan.MAX_ARTIFACT + 1))
+    assert caught.value.code == "plan_too_large"
