@@ -21,6 +21,9 @@ from hosts.fleet import ROOT, Fleet, write_list
 from integration import awx_job, community
 from integration.awx_controller import TOKEN, Controller, Refused, serving, wrong_question
 
+# A hundred processes, one after the other.
+pytestmark = pytest.mark.timeout(900)
+
 SETTINGS = {
     "awx_execution_environment_image": "registry.example.org/reaper:1",
     "awx_inventory_scm_url": "https://git.example.org/fleet.git",
@@ -334,7 +337,6 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return awx_job.repository(tmp_path_factory.mktemp("project"))
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may remove jails")
 def test_what_a_sweep_comes_to_is_told_by_the_status_and_the_artifact(
     applied: Controller, repository: Path, tmp_path: Path
@@ -354,6 +356,8 @@ def test_what_a_sweep_comes_to_is_told_by_the_status_and_the_artifact(
     site.list_live("alive", hosts=["rack2"])
     refused = site.run("reap")
     assert refused.status == "failed" and sum(refused.artifacts["microvm_reaper"]["refused"].values()) == 1
+    copied = site.run("reap", reap_live_sources=[{"type": "inventory"}])
+    assert copied.status == "failed" and copied.artifacts["microvm_reaper"]["stopped"]["code"] == "inventory_copy"
     assert site.left() == ["dead1", "dead2"]
 
     site.list_live("alive")
@@ -378,7 +382,6 @@ def test_what_a_sweep_comes_to_is_told_by_the_status_and_the_artifact(
 
 
 @pytest.mark.hosts
-@pytest.mark.timeout(600)
 @pytest.mark.skipif(os.geteuid() != 0, reason="test hosts need root")
 def test_the_slices_of_an_apply_do_together_what_the_plan_says(
     applied: Controller, repository: Path, pair: Fleet, tmp_path: Path
