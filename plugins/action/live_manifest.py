@@ -95,6 +95,8 @@ def context(action, task_vars, arguments):
         "now": manifest.now(),
         "directory": task_vars.get("playbook_dir") or os.getcwd(),
         "inventory": lambda: Inventory(action._loader, task_vars),
+        # Only AWX has a number for its jobs.
+        "of_awx": "awx_job_id" in task_vars,
         "terminal_states": arguments["terminal_states"],
     }
 

@@ -29,6 +29,10 @@ MOST_THIN_ID = (1 << 24) - 1
 # Strategies by which a task that runs once does so when all hosts are done with the one before it: the last part of
 # their names. By others, like free, the brake would look at plans that are not all there, once for each host.
 STEP_BY_STEP = ("linear", "debug")
+ALONE = (
+    "nothing was done: the strategy %r lets each host go on alone, and what stops a sweep must look at all of them at "
+    'once; set "strategy: linear" in the play, or ANSIBLE_STRATEGY=linear'
+)
 # A signed plan is opened once, for all: with one for some hosts only, either all or none would be swept by it.
 FOR_ALL = ("reap_plan", "reap_plan_required")
 
@@ -44,9 +48,7 @@ class ActionModule(ActionBase):
         result = super().run(tmp, task_vars)
         strategy = self._task.get_play().strategy
         if not strategy.endswith(STEP_BY_STEP):
-            said = "nothing was done: the strategy %r lets each host go on alone, and what stops a sweep must look at "
-            said += "all of them at once; set \"strategy: linear\" in the play, or ANSIBLE_STRATEGY=linear"
-            return dict(result, failed=True, msg=said % strategy)
+            return dict(result, failed=True, msg=ALONE % strategy)
         spec, problems, known_good, signed = role_spec(), {}, set(), {}
         for host, variables in self._variables_by_host(task_vars):
             signed.setdefault(tuple(str(variables.get(name, "")) for name in FOR_ALL), []).append(host)

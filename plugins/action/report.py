@@ -10,15 +10,17 @@ import os
 from ansible import constants as C
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
-from ansible_collections.microvm.reaper.plugins.plugin_utils import report
+from ansible_collections.microvm.reaper.plugins.plugin_utils import batches, report
 from ansible_collections.microvm.reaper.plugins.plugin_utils.facts import FactsError, unpacked
 
 # The steps that run once for a batch and may stop it, in their order.
 MAY_STOP = ("opened", "manifest", "saved", "brake", "sealed")
+# What a scheduler calls it; does not begin with reap_, for AWX gives it to the next job of a workflow as a variable.
+ARTIFACT = "microvm_reaper"
 
 
 class ActionModule(ActionBase):
-    """Print what came of the sweep on all hosts of the batch, and write it as JSON."""
+    """Print what came of the sweep on all hosts of the batch, write it as JSON, and leave its counts as a statistic."""
 
     TRANSFERS_FILES = False
     _requires_connection = False
@@ -53,6 +55,9 @@ class ActionModule(ActionBase):
         Display().display(text)
         document = report.as_json(arguments["realm"], manifest, hosts, **how)
         result.update(changed=False, report=text, totals=document["kinds"])
+        with batches.memory("artifact") as counts:
+            counts.update(report.artifact(arguments["realm"], hosts, before=dict(counts), **how))
+        result["ansible_stats"] = {"data": {ARTIFACT: counts}, "per_host": False, "aggregate": False}
         if arguments["path"]:
             _write(arguments["path"], document)
         return result
@@ -113,8 +118,8 @@ def _write(path, document):
         with open(path, encoding="utf-8") as stream:
             before = json.load(stream)
     except (OSError, ValueError):
-        before = {}
-    if before.get("run") == run:
+        before = None
+    if isinstance(before, dict) and before.get("run") == run:
         for key in ("hosts", "kinds"):
             document[key] = dict(before[key], **document[key])
         for key in ("stopped", "unpublished"):

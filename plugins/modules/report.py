@@ -12,6 +12,8 @@ author:
   - The microvm.reaper authors (@microvm)
 description:
   - Prints one table for all hosts of the batch, and writes the same as JSON with every family and every outcome.
+  - Leaves the counts of the whole run, all batches together, as the custom statistic C(microvm_reaper), as
+    M(ansible.builtin.set_stats) would. AWX keeps it as an artifact of the job. It does not grow with the hosts.
 options:
   realm:
     description: The realm of the sweep.
@@ -98,4 +100,23 @@ totals:
     back.
   returned: always
   type: dict
+ansible_stats:
+  description: What is left as custom statistics.
+  returned: always
+  type: dict
+  contains:
+    data:
+      description: The statistics by name. There is one.
+      type: dict
+      contains:
+        microvm_reaper:
+          description:
+            - C(realm), C(sweep) and C(check_mode) of the run; C(plan), the id of the signed plan that it made or
+              applied, or null; C(planned), whether it has made it. What would be done is counted as if it were done.
+            - C(hosts), how many there were, and C(errors), on how many of them a step failed.
+            - C(refused), how many hosts by the code they were refused for; C(stopped), the C(code) and C(message) of
+              what stopped a batch, or null; C(unpublished), whether telling who ended has failed.
+            - C(live), C(suspected), C(confirmed), C(reaped), C(aside), C(held), C(failed), C(already_gone) and C(bytes)
+              as in RV(totals), summed over all hosts and kinds.
+          type: dict
 """

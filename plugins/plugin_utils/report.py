@@ -100,6 +100,36 @@ def as_json(
     }
 
 
+def artifact(
+    realm, hosts, *, check_mode=False, abort=None, sweep="", unpublished=None, sealed=None, opened=None, before=None
+):
+    """Return what a scheduler should keep of a sweep: counts only, however many hosts there are.
+
+    ``before`` is what was returned for the earlier batches of the same run; for all others see text().
+    """
+    hosts, before = _believed(hosts), before or {}
+    kinds = [n for of_host in summarize(hosts).values() for n in of_host.values()]
+    refused = dict(before.get("refused", {}))
+    for one in hosts.values():
+        if one["refused"]:
+            refused[one["refused"]["code"]] = refused.get(one["refused"]["code"], 0) + 1
+    stopped = {"code": abort["code"], "message": printable(abort["message"])} if abort else None
+    sums = {key: before.get(key, 0) + sum(n[key] for n in kinds) for key in (*NUMBERS, "already_gone", "bytes")}
+    return {
+        "realm": realm,
+        "sweep": sweep,
+        "check_mode": check_mode,
+        "planned": bool(sealed),
+        "plan": (sealed or opened or {}).get("plan"),
+        "hosts": before.get("hosts", 0) + len(hosts),
+        "errors": before.get("errors", 0) + sum(1 for one in hosts.values() if one["error"]),
+        "refused": refused,
+        "stopped": before.get("stopped") or stopped,
+        "unpublished": bool(before.get("unpublished") or unpublished),
+        **sums,
+    }
+
+
 def undone(host, result):
     """Return what a person sees of an undo on one host: ``result`` is what the module returned."""
     if result.get("busy"):

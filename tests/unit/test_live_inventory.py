@@ -85,3 +85,9 @@ def test_row_33_a_part_of_the_inventory_that_cannot_be_read_is_no_smaller_invent
     assert constants.INVENTORY_ANY_UNPARSED_IS_FAILED is False
     (tmp_path / "b.yml").unlink()
     assert "live_vms" in Inventory(loader, task_vars).groups
+
+
+def test_a_copy_that_awx_has_made_for_a_job_does_not_tell_who_lives():
+    with pytest.raises(ManifestError, match="AWX gives its jobs a copy of the inventory") as caught:
+        source.fetch(OPTIONS, {"realm": "prod", "now": 0, "inventory": None, "of_awx": True})
+    assert caught.value.code == "inventory_copy"

@@ -261,6 +261,30 @@ def test_an_end_that_was_not_published_is_told():
     assert report.as_json("prod", MANIFEST, {}, unpublished="why")["unpublished"] == "why"
 
 
+def test_the_artifact_has_counts_only_and_adds_up_the_batches():
+    first = sweep_twice(thing("cgroup", "v1"), thing("jail", "v2"))
+    done = outcomes(first["reap"])
+    done[0].update(bytes=3, outcome="failed", message="no")
+    latched = {"code": "latched", "message": "v9 lives"}
+    batch = {"h1": host(first, outcomes=done), "h2": host(first, refused=latched), "h3": host(error="unreachable")}
+    counts = report.artifact("prod", batch, sweep="5", check_mode=True)
+    sealed = report.artifact("prod", {}, sealed=dict(SIGNED, unseen=[], refused={}))
+    assert (sealed["planned"], sealed["plan"]) == (True, SIGNED["plan"])
+    assert report.artifact("prod", {}, opened=SIGNED)["plan"] == SIGNED["plan"]
+    assert counts == {
+        "realm": "prod", "sweep": "5", "check_mode": True, "planned": False, "plan": None, "hosts": 3, "errors": 1,
+        "refused": {"latched": 1}, "stopped": None, "unpublished": False, "live": 0, "suspected": 0, "confirmed": 4,
+        "reaped": 1, "aside": 0, "held": 0, "failed": 1, "already_gone": 0,
+        "bytes": 3 + sum(one["bytes"] or 0 for one in done[1:]),
+    }
+    stop = {"code": "fleet_cap", "message": "\x1b[31m" + "too many" * 1000}
+    both = report.artifact("prod", {"h4": host(refused=latched)}, before=counts, abort=stop, unpublished="timeout")
+    assert (both["hosts"], both["reaped"], both["refused"], both["unpublished"]) == (4, 1, {"latched": 2}, True)
+    assert both["stopped"]["code"] == "fleet_cap" and "\x1b" not in both["stopped"]["message"]
+    last = report.artifact("prod", {"h%d" % n: host(first, outcomes=done) for n in range(5, 3005)}, before=both)
+    assert last["hosts"] == 3004 and last["stopped"] == both["stopped"] and len(json.dumps(last)) < 2000
+
+
 # --- signed plans ------------------------------------------------------------------------------------------------
 
 SIGNED = {

@@ -17,8 +17,9 @@ and, where it can do better than without,
 A source with ``ON_HOST`` true is no list and has no fetch(): vm_resource_facts reads it on each host, see
 module_utils/all_supervisors.py.
 
-The context is ``{realm, now, directory, inventory, terminal_states}``: ``directory`` is the playbook's, ``inventory()``
-reads the inventory and returns it, with ``groups`` and ``variables(host name)``.
+The context is ``{realm, now, directory, inventory, of_awx, terminal_states}``: ``directory`` is the playbook's,
+``inventory()`` reads the inventory and returns it, with ``groups`` and ``variables(host name)``; ``of_awx`` tells that
+AWX made it for this job.
 """
 
 from __future__ import annotations

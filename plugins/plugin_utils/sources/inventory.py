@@ -6,7 +6,9 @@ Its variable ``vm_id`` is its id (its inventory name without one), ``vm_host`` t
 one), ``vm_also_on`` the other hosts of a migration, ``vm_state`` its state. The hosts the list speaks for are all other
 hosts of the inventory, so a VM on a host the inventory does not have is an error and not a VM lost from sight.
 
-The inventory is read again, without caches: what the play itself knows is as old as its beginning.
+The inventory is read again, without caches: what the play itself knows is as old as its beginning. AWX gives a job a
+copy of its inventory, and a slice only some hosts of each group. That is refused: the list is then older than what was
+found on the hosts, or has only a share of those who live.
 """
 
 from __future__ import annotations
@@ -29,6 +31,12 @@ def describe(options):
 
 def fetch(options, context):
     """Return the group as a document of this moment."""
+    if context.get("of_awx"):
+        raise ManifestError(
+            "inventory_copy",
+            "AWX gives its jobs a copy of the inventory, old or of one slice, so the group %r does not tell who lives "
+            "now: let reap_live_sources ask the control plane itself" % options["group"],
+        )
     inventory = context["inventory"]()
     if options["group"] not in inventory.groups:
         raise ManifestError(
