@@ -439,7 +439,7 @@ def test_a_witness_tells_how_it_was_used_and_what_is_in_it(parent, host):
     assert (told["title"], told["source"]) == ("cgroup", path)
     wanted = "== cgroup.events\npopulated 1\n" if parent.version == 2 else "== cgroup.procs\n"
     assert wanted in told["text"]
-    while processes.stat(process.pid).command != "sleep":
+    while processes.stat(process.pid)[1:3] != ("sleep", "S"):
         time.sleep(0.01)
     (told,) = cgroup.witness(token(host, path), RULES, host)
     assert "== process %d sleep state S: sleep 60\n" % process.pid in told["text"]
