@@ -43,12 +43,22 @@ def main(argv):
 
 def run(command):
     """Run a command that ends when we are told to; return its exit code, by a signal as a shell has it."""
+    children, told = [], []
+
+    def hand_on(number, _frame):
+        told.append(number)
+        for child in children:
+            child.send_signal(number)
+
+    signal.signal(signal.SIGTERM, hand_on)
     try:
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     except OSError as err:
         print("%s cannot be run: %s" % (command[0], err.strerror), flush=True)
         return 127
-    signal.signal(signal.SIGTERM, lambda number, _frame: child.send_signal(number))
+    children.append(child)
+    for number in told:  # while it was started
+        child.send_signal(number)
     code = child.wait()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return code if code >= 0 else 128 - code
