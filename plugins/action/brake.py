@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from ansible.plugins.action import ActionBase
 from ansible_collections.microvm.reaper.plugins.plugin_utils import batches
-from ansible_collections.microvm.reaper.plugins.plugin_utils.brake import NOTHING_BEFORE, brake, so_far
+from ansible_collections.microvm.reaper.plugins.plugin_utils.brake import CAPS, NOTHING_BEFORE, brake, so_far
 
 
 class ActionModule(ActionBase):
@@ -18,14 +18,7 @@ class ActionModule(ActionBase):
     def run(self, tmp=None, task_vars=None):
         """Judge the batch once."""
         result = super().run(tmp, task_vars)
-        _validation, arguments = self.validate_argument_spec(
-            {
-                "plans": {"type": "str", "required": True},
-                "max_per_fleet": {"type": "int", "default": 500},
-                "max_percent": {"type": "float", "default": 30},
-                "percent_floor": {"type": "int", "default": 10},
-            }
-        )
+        _validation, arguments = self.validate_argument_spec(dict(CAPS, plans={"type": "str", "required": True}))
         hostvars = task_vars["hostvars"]
         plans = {host: hostvars.raw_get(host).get(arguments["plans"]) for host in task_vars["ansible_play_batch"]}
         plans = {host: plan for host, plan in plans.items() if plan}

@@ -7,7 +7,7 @@ from __future__ import annotations
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 from ansible_collections.microvm.reaper.plugins.plugin_utils import explaining
-from ansible_collections.microvm.reaper.plugins.plugin_utils.brake import DEFAULT_CAPS, brake
+from ansible_collections.microvm.reaper.plugins.plugin_utils.brake import CAPS, brake
 
 
 class ActionModule(ActionBase):
@@ -24,9 +24,7 @@ class ActionModule(ActionBase):
                 "what": {"type": "str", "required": True},
                 "hosts": {"type": "list", "elements": "str", "required": True},
                 "variables": {"type": "dict", "required": True},
-                "max_per_fleet": {"type": "int", "default": DEFAULT_CAPS["max_per_fleet"]},
-                "max_percent": {"type": "float", "default": DEFAULT_CAPS["max_percent"]},
-                "percent_floor": {"type": "int", "default": DEFAULT_CAPS["percent_floor"]},
+                **CAPS,
             }
         )
         hosts = {host: task_vars["hostvars"].raw_get(host) for host in arguments["hosts"]}

@@ -122,10 +122,7 @@ class ActionModule(ActionBase):
                     "%s speaks for realm %r, the sweep is for %r"
                     % (fetched["source"], fetched["realm"], arguments["realm"]),
                 )
-            _no_older(fetched)
-            for source, epoch in arguments["epochs"].items():
-                if source in fetched["epochs"]:
-                    manifest.check_epoch(source, epoch, fetched["epochs"][source])
+            _no_older(fetched, arguments["epochs"])
         except manifest.ManifestError as err:
             result.update(failed=True, msg="live source refused (%s): %s" % (err.code, err), code=err.code)
             return result
@@ -134,10 +131,12 @@ class ActionModule(ActionBase):
         return result
 
 
-def _no_older(fetched):
-    """Refuse a list whose epoch is lower than one that an earlier batch of this run had: a stale copy answered."""
+def _no_older(fetched, epochs):
+    """Refuse a list whose epoch is lower than in ``epochs``, or in an earlier batch of this run: a stale copy answered.
+    """
     with batches.memory("epochs") as by_realm:
         seen = by_realm.setdefault(fetched["realm"], {})
         for source, epoch in fetched["epochs"].items():
-            manifest.check_epoch(source, seen.get(source), epoch)
+            for before in (seen, epochs):
+                manifest.check_epoch(source, before.get(source), epoch)
         seen.update(fetched["epochs"])

@@ -4,13 +4,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-
-from ansible import constants as C
 from ansible.plugins.action import ActionBase
-from ansible_collections.microvm.reaper.plugins.plugin_utils import inputs, planning
-from ansible_collections.microvm.reaper.plugins.plugin_utils.brake import DEFAULT_CAPS
+from ansible_collections.microvm.reaper.plugins.plugin_utils import batches, inputs, planning
+from ansible_collections.microvm.reaper.plugins.plugin_utils.brake import CAPS
 from ansible_collections.microvm.reaper.plugins.plugin_utils.manifest import now
 
 
@@ -27,16 +23,7 @@ class ActionModule(ActionBase):
             {
                 "directory": {"type": "path", "required": True},
                 "realm": {"type": "str", "required": True},
-                "caps": {
-                    "type": "dict",
-                    "default": {},
-                    "options": {
-                        "max_per_fleet": {"type": "int", "default": DEFAULT_CAPS["max_per_fleet"]},
-                        "max_percent": {"type": "float", "default": DEFAULT_CAPS["max_percent"]},
-                        "percent_floor": {"type": "int", "default": DEFAULT_CAPS["percent_floor"]},
-                    },
-                    "apply_defaults": True,
-                },
+                "caps": {"type": "dict", "default": {}, "options": CAPS, "apply_defaults": True},
                 "variables": {"type": "dict", "required": True},
             }
         )
@@ -81,15 +68,8 @@ def _lines(header, hosts):
 
 def _file_of_this_run(directory, realm, instant):
     """Return the path of this run's file, a new one for its first batch: only a temporary directory is shared."""
-    memory = os.path.join(C.DEFAULT_LOCAL_TMP, "inputs.json")  # type: ignore[attr-defined]
-    try:
-        with open(memory, encoding="utf-8") as stream:
-            files = json.load(stream)
-    except FileNotFoundError:
-        files = {}
     key = "%s %s" % (directory, realm)
-    if key not in files:
-        files[key] = inputs.new_file(directory, realm, instant)
-        with open(memory, "w", encoding="utf-8") as stream:
-            json.dump(files, stream)
-    return files[key]
+    with batches.memory("inputs") as files:
+        if key not in files:
+            files[key] = inputs.new_file(directory, realm, instant)
+        return files[key]

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from ansible.plugins.action import ActionBase
 from ansible_collections.microvm.reaper.plugins.plugin_utils import signed_plan
-from ansible_collections.microvm.reaper.plugins.plugin_utils.brake import DEFAULT_CAPS, LATCHED
+from ansible_collections.microvm.reaper.plugins.plugin_utils.brake import CAPS, LATCHED
 from ansible_collections.microvm.reaper.plugins.plugin_utils.manifest import now
 from ansible_collections.microvm.reaper.plugins.plugin_utils.signed_plan import PlanError
 from ansible_collections.microvm.reaper.plugins.plugin_utils.words import enumerate_hosts
@@ -22,16 +22,7 @@ SPEC = {
     "manifest": {"type": "dict"},
     "realm": {"type": "str"},
     "sweep": {"type": "str"},
-    "caps": {
-        "type": "dict",
-        "default": {},
-        "options": {
-            "max_per_fleet": {"type": "int", "default": DEFAULT_CAPS["max_per_fleet"]},
-            "max_percent": {"type": "float", "default": DEFAULT_CAPS["max_percent"]},
-            "percent_floor": {"type": "int", "default": DEFAULT_CAPS["percent_floor"]},
-        },
-        "apply_defaults": True,
-    },
+    "caps": {"type": "dict", "default": {}, "options": CAPS, "apply_defaults": True},
     "max_age": {"type": "float", "default": 3600},
 }
 REQUIRED_IF = [("state", "present", ["plans", "manifest", "realm", "sweep"])]

@@ -11,6 +11,10 @@ from .words import enumerate_hosts
 BATCH_CODES = ("host_cap", "over_budget", "blind", "shrunk", "epoch_went_back", "other_realm")
 LATCHED = "latched"
 DEFAULT_CAPS = {"max_per_fleet": 500, "max_percent": 30, "percent_floor": 10}
+# The same as options of the steps that take them.
+CAPS = {
+    key: {"type": "float" if key == "max_percent" else "int", "default": most} for key, most in DEFAULT_CAPS.items()
+}
 # BEFORE: of the batches of a run before this one, how many VMs they were to reap, the refusal of a latch, and which
 # host has which machine id.
 NOTHING_BEFORE = {"doomed": 0, "latched": None, "machines": {}}
